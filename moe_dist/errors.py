@@ -1,0 +1,19 @@
+"""Errors meant for people, and the exit codes of the command line.
+
+A `UserError` says what is wrong, where, and what to do. The command line prints its message without a traceback and
+exits with `EXIT_USER`; as a library it is an ordinary `ValueError`.
+"""
+
+EXIT_OK = 0
+EXIT_USER = 2
+EXIT_PREEMPTED = 85
+EXIT_TRANSIENT = 86
+EXIT_POLICY = 87
+
+
+class UserError(ValueError):
+    """Wrong input of the user's: a config key, a path, a file's content, a layout that cannot work."""
+
+
+class PolicyStop(RuntimeError):
+    """The run stopped itself by a stated policy (bad data, NaN); running it again would stop again."""
