@@ -1,0 +1,221 @@
+"""The configuration of a training run, as typed dataclasses: every key, its default, and one line about it.
+
+This file is the reference: `moe-dist train --help-keys` prints it. Bounds and choices stand beside the
+default; `moe_dist.config.checks` checks them, and what relates several keys to each other.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def key(default, doc: str, *, choices=None, low=None, above=None, high=None, free: bool = False):
+    """A dataclass field with its documentation and bounds.
+
+    default: the default value; lists, dicts and section classes become factories.
+    choices: allowed values. low/high: inclusive bounds. above: exclusive lower bound.
+    free: the key may change when a run is resumed (it does not change what is learned).
+    """
+    metadata = {"doc": doc, "choices": choices, "low": low, "above": above, "high": high, "free": free}
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class RunSection:
+    name: str | None = key(None, "Name of the run; the config file's stem when absent.", free=True)
+    dir: str | None = key(None, "Run folder; runs/<name> when absent.", free=True)
+    seed: int = key(0, "Seed of the data order and of everything random in training.", low=0)
+
+
+@dataclass
+class ModelSection:
+    path: str | None = key(None, "Hugging Face folder or hub name to start from.")
+    config: dict[str, Any] | None = key(
+        None, "Inline architecture instead of path: model_type and the fields of its transformers config."
+    )
+    seed: int = key(0, "Seed of the random weights of an inline architecture.", low=0)
+    dtype: str | None = key(
+        None,
+        "Dtype in which weights are loaded; as stored (inline: float32) when absent.",
+        choices=(None, "float32", "bfloat16"),
+    )
+    attention: str | None = key(
+        None,
+        "Attention implementation of transformers (eager, sdpa, ...); its default when absent.",
+        free=True,
+    )
+    tokenizer: str | None = key(None, "Folder or hub name of the tokenizer; beside the model when absent.")
+    trust_remote_code: bool = key(False, "Run code from the model's repository; needs model.revision.")
+    revision: str | None = key(None, "Commit of the hub repository; required with trust_remote_code.")
+
+
+@dataclass
+class Source:
+    """One source of text. Exactly one of path, hub and corpus is set."""
+
+    path: str | None = key(None, "Local file or folder: JSON, JSONL, Parquet or text.")
+    hub: str | None = key(None, "Dataset name on the Hugging Face hub.")
+    corpus: str | None = key(None, "Name of an offline corpus (text that any machine holds).")
+    name: str | None = key(None, "Name in metrics; derived from the source when absent.")
+    subset: str | None = key(None, "Configuration name of a hub dataset.")
+    revision: str | None = key(None, "Commit of a hub dataset.")
+    split: str = key("train", "Split of the dataset.")
+    format: str = key(
+        "auto", "text: one document in `field`; chat: messages in `field`.", choices=("auto", "text", "chat")
+    )
+    field: str | None = key(None, "Field that holds the document; text or messages when absent.")
+    weight: float = key(1.0, "Share of this source in the mixture, relative to the others.", above=0)
+    streaming: bool = key(
+        False, "Read without downloading or indexing the whole; needs a hub or a Parquet source."
+    )
+    limit: int | None = key(None, "Use at most this many documents.", low=1)
+
+
+@dataclass
+class DataSection:
+    train: list[Source] = key([], "Training sources: a list, or a mapping of name to source.")
+    eval: list[Source] = key([], "Held-out domains: a list, or a mapping of name to source.")
+    eval_fraction: float = key(
+        0.0, "Share of every training source held out when data.eval is empty.", low=0, high=0.5
+    )
+    seq_len: int = key(512, "Tokens of a training sequence.", low=2)
+    packing: bool = key(True, "Several documents in one sequence; neither attention nor loss crosses them.")
+    cache_dir: str | None = key(
+        None, "Where tokenised data is kept; ~/.cache/moe_dist when absent.", free=True
+    )
+    chat_template: str | None = key(
+        None, "Jinja template, or a file of one, in place of the tokenizer's own chat template."
+    )
+    on_bad_record: str = key(
+        "fail",
+        "What a corrupt record does: stop with its place, or be counted and left out.",
+        choices=("fail", "skip"),
+    )
+
+
+@dataclass
+class ParallelSection:
+    expert: int = key(1, "Ranks over which the experts of a layer are spread (EP).", low=1, free=True)
+    tensor: int = key(1, "Tensor-parallel ranks.", low=1, free=True)
+    sequence: int = key(1, "Sequence-parallel ranks.", low=1, free=True)
+    pipeline: int = key(1, "Pipeline stages.", low=1, free=True)
+    zero_stage: int = key(1, "DeepSpeed ZeRO stage.", choices=(0, 1, 2, 3), free=True)
+    placement: str = key(
+        "contiguous",
+        "Which expert lives where: in order, or with trainable experts spread evenly.",
+        choices=("contiguous", "balanced"),
+        free=True,
+    )
+    reduce_bucket_size: int = key(
+        50_000_000,
+        "Elements of a ZeRO reduction bucket (its buffers count against memory).",
+        low=1,
+        free=True,
+    )
+
+
+@dataclass
+class MoeSection:
+    balance_loss: str = key(
+        "none",
+        "Load-balance loss: none, transformers' own, or per layer: micro-batch, sequence, global batch.",
+        choices=("none", "hf", "layer_micro", "layer_sequence", "layer_global"),
+    )
+    balance_coef: float = key(0.01, "Factor of the load-balance loss.", low=0)
+    z_loss_coef: float = key(0.0, "Factor of the router z-loss; 0 = off.", low=0)
+    expert_bias_rate: float = key(
+        0.0, "Step of the balancing expert bias (families that have one); 0 = off.", low=0
+    )
+    capacity_factor: float | None = key(
+        None,
+        "Most slots of an expert, over its even share; more are dropped and counted. null = dropless.",
+        above=0,
+    )
+    dispatcher: str = key("alltoall", "How tokens travel to their experts.", choices=("alltoall",), free=True)
+
+
+@dataclass
+class TrainSection:
+    steps: int = key(100, "Optimizer steps of the whole schedule.", low=1)
+    stop_at: int | None = key(
+        None, "Save and end after this step; the schedule still runs to train.steps.", low=1, free=True
+    )
+    micro_batch_size: int = key(1, "Sequences per rank in one forward pass.", low=1, free=True)
+    global_batch_size: int | None = key(
+        None, "Sequences of an optimizer step over all ranks; one micro-batch per rank when absent.", low=1
+    )
+    lr: float = key(1e-4, "Peak learning rate.", low=0)
+    schedule: str = key(
+        "cosine", "Course of the learning rate after warm-up.", choices=("cosine", "constant", "wsd")
+    )
+    warmup_steps: int = key(0, "Steps of linear warm-up.", low=0)
+    decay_steps: int | None = key(
+        None, "wsd: steps of the final decay (a tenth of train.steps when absent).", low=1
+    )
+    min_lr_ratio: float = key(0.0, "Last learning rate over the peak.", low=0, high=1)
+    betas: list[float] = key([0.9, 0.95], "AdamW betas.")
+    eps: float = key(1e-8, "AdamW epsilon.", above=0)
+    weight_decay: float = key(0.1, "AdamW weight decay (matrices only).", low=0)
+    clip_norm: float | None = key(1.0, "Clip gradients at this global norm; null = never.", above=0)
+    precision: str = key(
+        "bf16", "Arithmetic of forward and backward; masters are fp32 in both.", choices=("fp32", "bf16")
+    )
+    recompute: bool = key(
+        False, "Recompute activations in backward (neither routing nor communication).", free=True
+    )
+    nan_policy: str = key(
+        "skip",
+        "A step with a non-finite loss or gradient is skipped on all ranks, or stops the run.",
+        choices=("skip", "stop"),
+        free=True,
+    )
+    max_skips: int = key(10, "Consecutive skipped steps after which the run stops.", low=0, free=True)
+    log_every: int = key(10, "Steps between metric lines.", low=1, free=True)
+    eval_every: int = key(
+        0, "Steps between evaluations on the held-out domains; 0 = at the end.", low=0, free=True
+    )
+    eval_batches: int | None = key(
+        None, "Most batches per domain in an evaluation; all when absent.", low=1, free=True
+    )
+
+
+@dataclass
+class TrainableSection:
+    include: list[str] = key(["*"], "Glob patterns of parameter names that train.")
+    exclude: list[str] = key([], "Glob patterns taken out again.")
+    experts: dict[str, list[int]] | None = key(
+        None, "Layer index to the expert ids that train; layers not named train none. null = all that match."
+    )
+    freeze_router: bool = key(False, "Freeze router weight, bias and the update of the expert bias.")
+
+
+@dataclass
+class CheckpointSection:
+    every: int = key(0, "Steps between checkpoints; 0 = none but the last.", low=0, free=True)
+    keep: int = key(2, "Newest checkpoints that are kept.", low=1, free=True)
+    save_last: bool = key(True, "Save after the last step.", free=True)
+
+
+@dataclass
+class LoggingSection:
+    wandb: str = key(
+        "off", "Weights & Biases beside metrics.jsonl.", choices=("off", "online", "offline"), free=True
+    )
+    project: str = key("moe_dist", "Project of Weights & Biases.", free=True)
+    tags: list[str] = key([], "Tags of Weights & Biases.", free=True)
+
+
+@dataclass
+class RunConfig:
+    run: RunSection = key(RunSection, "The run and its folder.")
+    model: ModelSection = key(ModelSection, "The model to start from.")
+    data: DataSection = key(DataSection, "Training and held-out text.")
+    parallel: ParallelSection = key(ParallelSection, "How ranks share the work.")
+    moe: MoeSection = key(MoeSection, "Routing losses and dispatch.")
+    train: TrainSection = key(TrainSection, "Optimizer, schedule, precision.")
+    trainable: TrainableSection = key(TrainableSection, "What trains and what is frozen.")
+    checkpoint: CheckpointSection = key(CheckpointSection, "When checkpoints are written.")
+    logging: LoggingSection = key(LoggingSection, "Where metrics go besides metrics.jsonl.")
