@@ -1,0 +1,127 @@
+"""Placement: which rank holds which expert, and on which seat.
+
+Every rank lists its experts, trainable ones first, so that a rank's weights are two stacked spans: `trainable` and
+`frozen`. Both spans have the same number of seats on every rank. Where a rank has fewer experts than that, the last
+seats of the span stay empty ("pad seats"): they hold zeros, no token is ever routed to them, so their gradients are
+zero and AdamW leaves them zero. This buys one property on which everything distributed rests: *all ranks hold the
+same parameters in the same shapes*, whatever the placement, so ZeRO cuts its buckets at the same places everywhere and
+every rank takes part in the same collectives, also where all of its own experts are frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from moe_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The experts of one layer on the P ranks of an expert group.
+
+    `ranks[r]` holds the global ids of rank r's experts in seat order, trainable before frozen; every id of
+    `range(num_experts)` occurs once. `trainable` is the global set, the same on every rank.
+    """
+
+    num_experts: int
+    ranks: tuple[tuple[int, ...], ...]
+    trainable: frozenset[int]
+
+    def __post_init__(self):
+        held = [expert for rank in self.ranks for expert in rank]
+        if sorted(held) != list(range(self.num_experts)):
+            raise UserError(
+                f"a placement must hold each expert of 0..{self.num_experts - 1} exactly once, got {held}"
+            )
+        if not self.trainable <= set(held):
+            unknown = sorted(self.trainable - set(held))
+            raise UserError(
+                f"trainable experts {unknown} do not exist: this layer has experts 0..{self.num_experts - 1}"
+            )
+        for rank in self.ranks:
+            flags = [expert in self.trainable for expert in rank]
+            assert flags == sorted(flags, reverse=True), "trainable experts come first on each rank"
+
+    @cached_property
+    def trainable_seats(self) -> int:
+        """Seats of the trainable span, the same on every rank (0: nothing in this layer trains anywhere)."""
+        return max(sum(e in self.trainable for e in rank) for rank in self.ranks)
+
+    @cached_property
+    def frozen_seats(self) -> int:
+        """Seats of the frozen span, the same on every rank."""
+        return max(sum(e not in self.trainable for e in rank) for rank in self.ranks)
+
+    def seat_ids(self, rank: int) -> tuple[tuple[int | None, ...], tuple[int | None, ...]]:
+        """Global expert ids on the seats of rank's trainable and frozen span; None marks a pad seat."""
+        train = [e for e in self.ranks[rank] if e in self.trainable]
+        frozen = [e for e in self.ranks[rank] if e not in self.trainable]
+        return (
+            tuple(train + [None] * (self.trainable_seats - len(train))),
+            tuple(frozen + [None] * (self.frozen_seats - len(frozen))),
+        )
+
+    @cached_property
+    def position(self) -> tuple[int, ...]:
+        """Of each expert, its place in the rank-major order of all experts: the order in which rows are sent."""
+        order = [expert for rank in self.ranks for expert in rank]
+        place = {expert: position for position, expert in enumerate(order)}
+        return tuple(place[expert] for expert in range(self.num_experts))
+
+
+def contiguous(num_experts: int, *, ranks: int, trainable: Iterable[int] | None = None) -> Placement:
+    """Rank r gets the r-th run of consecutive ids; the first `num_experts % ranks` ranks hold one more.
+
+    `trainable` None means all of them.
+    """
+    train = frozenset(range(num_experts)) if trainable is None else frozenset(trainable)
+    short, longer = divmod(num_experts, ranks)
+    held, start = [], 0
+    for rank in range(ranks):
+        stop = start + short + (rank < longer)
+        held.append(range(start, stop))
+        start = stop
+    return from_lists(held, num_experts=num_experts, trainable=train)
+
+
+def from_lists(lists: Iterable[Iterable[int]], *, num_experts: int, trainable: Iterable[int]) -> Placement:
+    """A placement from any lists of ids, one a rank; within a rank trainable experts are moved to the front."""
+    train = frozenset(trainable)
+    seated = tuple(tuple(sorted(held, key=lambda e: (e not in train, e))) for held in lists)
+    return Placement(num_experts, seated, train)
+
+
+def balance(load_E: Sequence[float], *, ranks: int, trainable: Iterable[int] = ()) -> list[list[int]]:
+    """Spread experts over ranks so that both the load and the trainable experts are even.
+
+    load_E: tokens (or any non-negative measure) of each expert; a sequence or a tensor. Returns one list of ids a
+    rank, trainable first; the lengths of the lists and their counts of trainable experts each differ by at most one.
+
+    Longest processing time first: heaviest expert to the least loaded rank that still has room, the trainable ones
+    before the frozen ones, since their weight gradients and optimizer bytes leave less freedom.
+    """
+    loads = [float(load) for load in load_E]
+    train = set(trainable)
+    if ranks < 1:
+        raise UserError(f"balance needs at least one rank, got ranks={ranks}")
+    if any(not load >= 0 for load in loads):
+        raise UserError("balance needs loads that are numbers of at least zero")
+    if not train <= set(range(len(loads))):
+        raise UserError(
+            f"trainable experts {sorted(train - set(range(len(loads))))} do not exist: there are {len(loads)}"
+        )
+    held: list[list[int]] = [[] for _ in range(ranks)]
+    total = [0.0] * ranks
+    frozen = set(range(len(loads))) - train
+    # Trainable experts alone must come out even; then all experts together.
+    for ids, count in ((train, len(train)), (frozen, len(loads))):
+        short, longer = divmod(count, ranks)
+        for expert in sorted(ids, key=lambda e: (-loads[e], e)):
+            used = sum(len(rank) > short for rank in held)
+            open_ranks = [r for r in range(ranks) if len(held[r]) < short + (used < longer)]
+            chosen = min(open_ranks, key=lambda r: (total[r], len(held[r]), r))
+            held[chosen].append(expert)
+            total[chosen] += loads[expert]
+    return held

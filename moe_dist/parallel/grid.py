@@ -1,0 +1,132 @@
+"""The grid: which rank belongs to which group.
+
+All ranks form one tensor `[pipeline, data, sequence, tensor]`; every group is a view of it. Expert parallelism is
+*folded*: the ranks of one pipeline stage are cut a second time, as `[expert_data, expert]`, whatever the data,
+sequence and tensor sizes are. An expert group is a block of consecutive ranks, so that the all-to-all stays inside a
+node as long as a node is large enough.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from moe_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Sizes of the axes, this rank's place on them, and the process groups (None where a group is this rank alone).
+
+    `expert_group`: the ranks that exchange tokens; together they hold every expert once.
+    `expert_data_group`: the ranks that hold the same experts for different tokens.
+    `data_group`: the ranks that see different tokens and hold the same dense weights.
+    """
+
+    world: int = 1
+    rank: int = 0
+    pipeline: int = 1
+    data: int = 1
+    sequence: int = 1
+    tensor: int = 1
+    expert: int = 1
+    expert_rank: int = 0
+    expert_data_rank: int = 0
+    data_rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    expert_group: dist.ProcessGroup | None = None
+    expert_data_group: dist.ProcessGroup | None = None
+    data_group: dist.ProcessGroup | None = None
+
+    @property
+    def expert_data(self) -> int:
+        """How many ranks hold the same experts."""
+        return self.world // self.pipeline // self.expert
+
+    @staticmethod
+    def single(device: torch.device | str = "cpu") -> Grid:
+        """The grid of one process, with or without torch.distributed."""
+        return Grid(device=torch.device(device))
+
+
+def check_sizes(
+    world: int, *, expert: int = 1, pipeline: int = 1, sequence: int = 1, tensor: int = 1
+) -> None:
+    """Raise `UserError` for a layout that `world` ranks cannot form, saying what would work."""
+    for name, size in (("pipeline", pipeline), ("sequence", sequence), ("tensor", tensor)):
+        if size != 1:
+            raise UserError(
+                f"parallel.{name}={size}: sizes above 1 of this axis are not available; set it to 1"
+            )
+    if expert < 1 or world % expert:
+        works = [size for size in range(1, world + 1) if world % size == 0]
+        raise UserError(
+            f"parallel.expert={expert} does not fit {world} rank(s): the expert-parallel size must divide the number "
+            f"of ranks. What works here: {', '.join(map(str, works))}; or start more ranks"
+        )
+
+
+def build_grid(
+    *,
+    expert: int = 1,
+    pipeline: int = 1,
+    sequence: int = 1,
+    tensor: int = 1,
+    device: torch.device | str = "cpu",
+) -> Grid:
+    """Cut the running torch.distributed world (one process if there is none) into groups. Collective.
+
+    Every group is used once before this returns: a communicator that is set up lazily in the middle of a step can
+    hang or run out of memory far from its cause.
+    """
+    initialised = dist.is_available() and dist.is_initialized()
+    world, rank = (dist.get_world_size(), dist.get_rank()) if initialised else (1, 0)
+    check_sizes(world, expert=expert, pipeline=pipeline, sequence=sequence, tensor=tensor)
+    device = torch.device(device)
+    if world == 1:
+        return Grid.single(device)
+
+    data = world // (pipeline * sequence * tensor)
+    ranks = torch.arange(world).view(pipeline, data, sequence, tensor)
+    folded = torch.arange(world).view(pipeline, -1, expert)  # [pipeline, expert_data, expert]
+    data_lists = ranks.permute(0, 2, 3, 1).reshape(-1, data).tolist()
+    expert_lists = folded.reshape(-1, expert).tolist()
+    expert_data_lists = folded.transpose(1, 2).reshape(-1, folded.shape[1]).tolist()
+    grid = Grid(
+        world=world,
+        rank=rank,
+        pipeline=pipeline,
+        data=data,
+        sequence=sequence,
+        tensor=tensor,
+        expert=expert,
+        expert_rank=_place(rank, expert_lists),
+        expert_data_rank=_place(rank, expert_data_lists),
+        data_rank=_place(rank, data_lists),
+        device=device,
+        expert_group=_my_group(rank, expert_lists),
+        expert_data_group=_my_group(rank, expert_data_lists),
+        data_group=_my_group(rank, data_lists),
+    )
+    for group in (grid.expert_group, grid.expert_data_group, grid.data_group):
+        if group is not None:
+            dist.all_reduce(torch.zeros(1, device=device), group=group)
+    return grid
+
+
+def _place(rank: int, lists: list[list[int]]) -> int:
+    return next(members.index(rank) for members in lists if rank in members)
+
+
+def _my_group(rank: int, lists: list[list[int]]) -> dist.ProcessGroup | None:
+    """Create every group of one axis (all ranks must take part in each creation) and return this rank's."""
+    mine = None
+    for members in lists:
+        if len(members) == 1:
+            continue
+        group = dist.new_group(members)
+        if rank in members:
+            mine = group
+    return mine
