@@ -73,9 +73,7 @@ class MoEExperts(nn.Module):
             for name, parameter in span.named_parameters():
                 yield name, parameter, span.seat_ids
 
-    def forward(
-        self, hidden_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, hidden_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """hidden `[T,H]`, chosen experts `[T,K]`, their weights `[T,K]` -> `[T,H]`, dtype of hidden.
 
         Collective over the expert group: every rank calls it, also with T = 0. Whether the backward communicates is

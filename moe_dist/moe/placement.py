@@ -32,9 +32,7 @@ class Placement:
     def __post_init__(self):
         held = [expert for rank in self.ranks for expert in rank]
         if sorted(held) != list(range(self.num_experts)):
-            raise UserError(
-                f"a placement must hold each expert of 0..{self.num_experts - 1} exactly once, got {held}"
-            )
+            raise UserError(f"a placement must hold each expert of 0..{self.num_experts - 1} exactly once, got {held}")
         if not self.trainable <= set(held):
             unknown = sorted(self.trainable - set(held))
             raise UserError(

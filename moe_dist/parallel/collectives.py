@@ -19,9 +19,7 @@ class _AllToAll(torch.autograd.Function):
         return exchange_rows(grad_RH.contiguous(), ctx.receive, ctx.send, ctx.group), None, None, None
 
 
-def all_to_all(
-    rows_NH: torch.Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
-) -> torch.Tensor:
+def all_to_all(rows_NH: torch.Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> torch.Tensor:
     """Send `send[r]` consecutive rows to each rank r of `group` and receive `receive[r]` from it, in rank order.
 
     rows_NH: `[sum(send), ...]`. Returns `[sum(receive), ...]`, same dtype. Counts may be zero and uneven.
@@ -30,9 +28,7 @@ def all_to_all(
     return _AllToAll.apply(rows_NH, send, receive, group)
 
 
-def exchange_rows(
-    rows_NH: torch.Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
-) -> torch.Tensor:
+def exchange_rows(rows_NH: torch.Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> torch.Tensor:
     """The exchange of `all_to_all` without autograd (for integers and inside backward functions)."""
     received_RH = rows_NH.new_empty((sum(receive), *rows_NH.shape[1:]))
     dist.all_to_all_single(

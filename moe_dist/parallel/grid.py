@@ -51,15 +51,11 @@ class Grid:
         return Grid(device=torch.device(device))
 
 
-def check_sizes(
-    world: int, *, expert: int = 1, pipeline: int = 1, sequence: int = 1, tensor: int = 1
-) -> None:
+def check_sizes(world: int, *, expert: int = 1, pipeline: int = 1, sequence: int = 1, tensor: int = 1) -> None:
     """Raise `UserError` for a layout that `world` ranks cannot form, saying what would work."""
     for name, size in (("pipeline", pipeline), ("sequence", sequence), ("tensor", tensor)):
         if size != 1:
-            raise UserError(
-                f"parallel.{name}={size}: sizes above 1 of this axis are not available; set it to 1"
-            )
+            raise UserError(f"parallel.{name}={size}: sizes above 1 of this axis are not available; set it to 1")
     if expert < 1 or world % expert:
         works = [size for size in range(1, world + 1) if world % size == 0]
         raise UserError(

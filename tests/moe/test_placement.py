@@ -1,0 +1,63 @@
+"""Which rank holds which expert."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from moe_dist.errors import UserError
+from moe_dist.moe.placement import Placement, balance, contiguous, from_lists
+
+
+def test_contiguous_when_experts_do_not_divide():
+    assert contiguous(7, ranks=3).ranks == ((0, 1, 2), (3, 4), (5, 6))
+
+
+def test_spans_are_padded_to_one_size():
+    placement = contiguous(6, ranks=3, trainable=[0, 1, 4])
+    assert (placement.trainable_seats, placement.frozen_seats) == (2, 2)
+    assert placement.seat_ids(0) == ((0, 1), (None, None))
+    assert placement.seat_ids(1) == ((None, None), (2, 3))
+    assert placement.seat_ids(2) == ((4, None), (5, None))
+
+
+def test_trainable_experts_come_first():
+    placement = from_lists([[0, 1, 2], [3]], num_experts=4, trainable=[2])
+    assert placement.ranks == ((2, 0, 1), (3,))
+    assert placement.position == (1, 2, 0, 3)
+
+
+def test_a_placement_holds_every_expert_once():
+    with pytest.raises(UserError, match="exactly once"):
+        Placement(3, ((0, 1), (1,)), frozenset())
+    with pytest.raises(UserError, match="do not exist"):
+        contiguous(3, ranks=1, trainable=[5])
+
+
+def test_balance_is_even_in_counts_for_any_input():
+    chance = random.Random(0)
+    for _ in range(500):
+        experts, ranks = chance.randint(1, 20), chance.randint(1, 6)
+        train = chance.sample(range(experts), chance.randint(0, experts))
+        held = balance(
+            [chance.choice([0, 1, 9 * chance.random()]) for _ in range(experts)], ranks=ranks, trainable=train
+        )
+        sizes, trains = [len(h) for h in held], [len(set(h) & set(train)) for h in held]
+        assert sorted(sum(held, [])) == list(range(experts))
+        assert max(sizes) - min(sizes) <= 1
+        assert max(trains) - min(trains) <= 1
+
+
+def test_balance_is_even_in_load():
+    load_E = torch.tensor([8.0, 1, 7, 2, 6, 3, 5, 4])
+    held = balance(load_E, ranks=4)
+    assert [sum(load_E[e].item() for e in h) for h in held] == [9, 9, 9, 9]
+
+
+def test_balance_refuses_nonsense():
+    with pytest.raises(UserError, match="loads"):
+        balance([1.0, float("nan")], ranks=1)
+    with pytest.raises(UserError, match=r"trainable experts \[9\]"):
+        balance([1.0], ranks=1, trainable=[9])
