@@ -68,24 +68,18 @@ class Source:
     )
     field: str | None = key(None, "Field that holds the document; text or messages when absent.")
     weight: float = key(1.0, "Share of this source in the mixture, relative to the others.", above=0)
-    streaming: bool = key(
-        False, "Read without downloading or indexing the whole; needs a hub or a Parquet source."
-    )
+    streaming: bool = key(False, "Read without downloading or indexing the whole; needs a hub or a Parquet source.")
     limit: int | None = key(None, "Use at most this many documents.", low=1)
 
 
 @dataclass
 class DataSection:
     train: list[Source] = key([], "Training sources: a list, or a mapping of name to source.")
-    eval: list[Source] = key([], "Held-out domains: a list, or a mapping of name to source.")
-    eval_fraction: float = key(
-        0.0, "Share of every training source held out when data.eval is empty.", low=0, high=0.5
-    )
+    eval: list[Source] = key([], "Held-out domains: a list, or a mapping of name to source.", free=True)
+    eval_fraction: float = key(0.0, "Share of every training source held out when data.eval is empty.", low=0, high=0.5)
     seq_len: int = key(512, "Tokens of a training sequence.", low=2)
     packing: bool = key(True, "Several documents in one sequence; neither attention nor loss crosses them.")
-    cache_dir: str | None = key(
-        None, "Where tokenised data is kept; ~/.cache/moe_dist when absent.", free=True
-    )
+    cache_dir: str | None = key(None, "Where tokenised data is kept; ~/.cache/moe_dist when absent.", free=True)
     chat_template: str | None = key(
         None, "Jinja template, or a file of one, in place of the tokenizer's own chat template."
     )
@@ -126,9 +120,7 @@ class MoeSection:
     )
     balance_coef: float = key(0.01, "Factor of the load-balance loss.", low=0)
     z_loss_coef: float = key(0.0, "Factor of the router z-loss; 0 = off.", low=0)
-    expert_bias_rate: float = key(
-        0.0, "Step of the balancing expert bias (families that have one); 0 = off.", low=0
-    )
+    expert_bias_rate: float = key(0.0, "Step of the balancing expert bias (families that have one); 0 = off.", low=0)
     capacity_factor: float | None = key(
         None,
         "Most slots of an expert, over its even share; more are dropped and counted. null = dropless.",
@@ -148,13 +140,9 @@ class TrainSection:
         None, "Sequences of an optimizer step over all ranks; one micro-batch per rank when absent.", low=1
     )
     lr: float = key(1e-4, "Peak learning rate.", low=0)
-    schedule: str = key(
-        "cosine", "Course of the learning rate after warm-up.", choices=("cosine", "constant", "wsd")
-    )
+    schedule: str = key("cosine", "Course of the learning rate after warm-up.", choices=("cosine", "constant", "wsd"))
     warmup_steps: int = key(0, "Steps of linear warm-up.", low=0)
-    decay_steps: int | None = key(
-        None, "wsd: steps of the final decay (a tenth of train.steps when absent).", low=1
-    )
+    decay_steps: int | None = key(None, "wsd: steps of the final decay (a tenth of train.steps when absent).", low=1)
     min_lr_ratio: float = key(0.0, "Last learning rate over the peak.", low=0, high=1)
     betas: list[float] = key([0.9, 0.95], "AdamW betas.")
     eps: float = key(1e-8, "AdamW epsilon.", above=0)
@@ -163,9 +151,7 @@ class TrainSection:
     precision: str = key(
         "bf16", "Arithmetic of forward and backward; masters are fp32 in both.", choices=("fp32", "bf16")
     )
-    recompute: bool = key(
-        False, "Recompute activations in backward (neither routing nor communication).", free=True
-    )
+    recompute: bool = key(False, "Recompute activations in backward (neither routing nor communication).", free=True)
     nan_policy: str = key(
         "skip",
         "A step with a non-finite loss or gradient is skipped on all ranks, or stops the run.",
@@ -174,12 +160,8 @@ class TrainSection:
     )
     max_skips: int = key(10, "Consecutive skipped steps after which the run stops.", low=0, free=True)
     log_every: int = key(10, "Steps between metric lines.", low=1, free=True)
-    eval_every: int = key(
-        0, "Steps between evaluations on the held-out domains; 0 = at the end.", low=0, free=True
-    )
-    eval_batches: int | None = key(
-        None, "Most batches per domain in an evaluation; all when absent.", low=1, free=True
-    )
+    eval_every: int = key(0, "Steps between evaluations on the held-out domains; 0 = at the end.", low=0, free=True)
+    eval_batches: int | None = key(None, "Most batches per domain in an evaluation; all when absent.", low=1, free=True)
 
 
 @dataclass
@@ -201,9 +183,7 @@ class CheckpointSection:
 
 @dataclass
 class LoggingSection:
-    wandb: str = key(
-        "off", "Weights & Biases beside metrics.jsonl.", choices=("off", "online", "offline"), free=True
-    )
+    wandb: str = key("off", "Weights & Biases beside metrics.jsonl.", choices=("off", "online", "offline"), free=True)
     project: str = key("moe_dist", "Project of Weights & Biases.", free=True)
     tags: list[str] = key([], "Tags of Weights & Biases.", free=True)
 
