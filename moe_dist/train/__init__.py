@@ -1,0 +1,1 @@
+"""Training: the loop, the engine under it, what trains and what is frozen, and what a run writes down."""
