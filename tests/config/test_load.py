@@ -139,6 +139,6 @@ def test_unreadable_files_are_named(tmp_path, content, message):
     file = tmp_path / "c.yaml"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(UserError, match="c[.]yaml") as caught:
+    with pytest.raises(UserError, match=r"c\.yaml") as caught:
         load(file)
     assert message in str(caught.value)

@@ -52,6 +52,6 @@ LAUGHS = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
     ],
 )
 def test_hostile_text_is_refused(text, message):
-    with pytest.raises(UserError, match="f[.]yaml") as caught:
+    with pytest.raises(UserError, match=r"f\.yaml") as caught:
         parse(text, origin="f.yaml")
     assert message in str(caught.value)

@@ -1,0 +1,59 @@
+# Thin calls of the tools below; everything works from a bare clone.
+#   make quickstart   train, resume, export and sample a small model (about six minutes after installation)
+#   make test         lint and the tests
+# PYTHON chooses the interpreter, TORCH the build of torch; a GPU user might say
+#   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"
+
+PYTHON ?= python3
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+BIN := .venv/bin
+SOURCES := $(wildcard csrc/*)
+
+.PHONY: install quickstart test lint format bench parity families clean
+.DELETE_ON_ERROR:
+
+install: .venv/.package
+
+quickstart: .venv/.package
+	$(BIN)/moe-dist run configs/quickstart.yaml
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+lint: .venv/.package
+	$(BIN)/ruff check moe_dist tests benchmarks setup.py
+	$(BIN)/ruff format --check moe_dist tests benchmarks setup.py
+
+format: .venv/.package
+	$(BIN)/ruff check --fix moe_dist tests benchmarks setup.py
+	$(BIN)/ruff format moe_dist tests benchmarks setup.py
+
+bench: .venv/.package
+	for name in permute moe_layer loading; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+parity: .venv/.package
+	$(BIN)/python -m pytest -q tests/parity --all-cells
+
+families: .venv/.package
+	$(BIN)/python -m benchmarks.families
+
+# torch comes first and by its exact pin: several packages, deepspeed among them, would pull another build.
+.venv/.torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q $(TORCH)
+	grep -v '^torch==' constraints.txt > .venv/constraints.txt
+	$(BIN)/pip freeze | grep '^torch==' >> .venv/constraints.txt
+	touch $@
+
+# deepspeed is built from source with the torch that is there; the constraint keeps it from choosing another.
+.venv/.dependencies: .venv/.torch
+	$(BIN)/pip install -q -c .venv/constraints.txt setuptools wheel
+	$(BIN)/pip install -q -c .venv/constraints.txt torch deepspeed
+	touch $@
+
+.venv/.package: .venv/.dependencies pyproject.toml setup.py $(SOURCES)
+	$(BIN)/pip install -q -c .venv/constraints.txt --no-build-isolation -e '.[dev,wandb]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info moe_dist/*.so moe_dist/*/*.so
