@@ -8,7 +8,7 @@ node as long as a node is large enough.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -64,13 +64,26 @@ def check_sizes(world: int, *, expert: int = 1, pipeline: int = 1, sequence: int
         )
 
 
+def layout(
+    world: int, rank: int = 0, *, expert: int = 1, pipeline: int = 1, sequence: int = 1, tensor: int = 1
+) -> Grid:
+    """The grid as numbers alone, without process groups: what `--dry-run` and the planner look at."""
+    check_sizes(world, expert=expert, pipeline=pipeline, sequence=sequence, tensor=tensor)
+    sizes = {"pipeline": pipeline, "sequence": sequence, "tensor": tensor, "expert": expert}
+    lists = _group_lists(world, **sizes)
+    return Grid(
+        world=world,
+        rank=rank,
+        data=world // (pipeline * sequence * tensor),
+        expert_rank=_place(rank, lists["expert_group"]),
+        expert_data_rank=_place(rank, lists["expert_data_group"]),
+        data_rank=_place(rank, lists["data_group"]),
+        **sizes,
+    )
+
+
 def build_grid(
-    *,
-    expert: int = 1,
-    pipeline: int = 1,
-    sequence: int = 1,
-    tensor: int = 1,
-    device: torch.device | str = "cpu",
+    *, expert: int = 1, pipeline: int = 1, sequence: int = 1, tensor: int = 1, device: torch.device | str = "cpu"
 ) -> Grid:
     """Cut the running torch.distributed world (one process if there is none) into groups. Collective.
 
@@ -79,37 +92,26 @@ def build_grid(
     """
     initialised = dist.is_available() and dist.is_initialized()
     world, rank = (dist.get_world_size(), dist.get_rank()) if initialised else (1, 0)
-    check_sizes(world, expert=expert, pipeline=pipeline, sequence=sequence, tensor=tensor)
+    sizes = {"pipeline": pipeline, "sequence": sequence, "tensor": tensor, "expert": expert}
+    grid = layout(world, rank, **sizes)
+    lists = _group_lists(world, **sizes)
+    groups = {name: _my_group(rank, members) for name, members in lists.items()}
     device = torch.device(device)
-    if world == 1:
-        return Grid.single(device)
-
-    data = world // (pipeline * sequence * tensor)
-    ranks = torch.arange(world).view(pipeline, data, sequence, tensor)
-    folded = torch.arange(world).view(pipeline, -1, expert)  # [pipeline, expert_data, expert]
-    data_lists = ranks.permute(0, 2, 3, 1).reshape(-1, data).tolist()
-    expert_lists = folded.reshape(-1, expert).tolist()
-    expert_data_lists = folded.transpose(1, 2).reshape(-1, folded.shape[1]).tolist()
-    grid = Grid(
-        world=world,
-        rank=rank,
-        pipeline=pipeline,
-        data=data,
-        sequence=sequence,
-        tensor=tensor,
-        expert=expert,
-        expert_rank=_place(rank, expert_lists),
-        expert_data_rank=_place(rank, expert_data_lists),
-        data_rank=_place(rank, data_lists),
-        device=device,
-        expert_group=_my_group(rank, expert_lists),
-        expert_data_group=_my_group(rank, expert_data_lists),
-        data_group=_my_group(rank, data_lists),
-    )
-    for group in (grid.expert_group, grid.expert_data_group, grid.data_group):
+    for group in groups.values():
         if group is not None:
             dist.all_reduce(torch.zeros(1, device=device), group=group)
-    return grid
+    return replace(grid, device=device, **groups)
+
+
+def _group_lists(world: int, *, expert: int, pipeline: int, sequence: int, tensor: int) -> dict[str, list[list[int]]]:
+    """The member ranks of every group, by axis."""
+    ranks = torch.arange(world).view(pipeline, -1, sequence, tensor)
+    folded = torch.arange(world).view(pipeline, -1, expert)  # [pipeline, expert_data, expert]
+    return {
+        "data_group": ranks.permute(0, 2, 3, 1).flatten(0, 2).tolist(),
+        "expert_group": folded.flatten(0, 1).tolist(),
+        "expert_data_group": folded.transpose(1, 2).flatten(0, 1).tolist(),
+    }
 
 
 def _place(rank: int, lists: list[list[int]]) -> int:

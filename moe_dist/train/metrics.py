@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+import uuid
 from pathlib import Path
 
 from moe_dist.config.save import to_dict
@@ -77,7 +78,7 @@ class MetricLog:
 
             id_file = folder / "wandb_id"
             if not id_file.exists():
-                id_file.write_text(wandb.util.generate_id())
+                id_file.write_text(uuid.uuid4().hex[:12])
             self._wandb = wandb.init(
                 project=config.logging.project,
                 name=config.run.name,

@@ -1,0 +1,27 @@
+"""Signals only set a flag."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from moe_dist.train.stop import SIGNALS, StopFlag
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_sets_the_flag_and_handlers_come_back(number):
+    before = signal.getsignal(number)
+    with StopFlag() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), number)
+        assert stop.requested
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_interrupt_is_immediate():
+    with StopFlag():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
