@@ -1,0 +1,1 @@
+"""How processes are started: the rank environment of every launcher, and the stages of a recipe."""

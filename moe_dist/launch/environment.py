@@ -1,0 +1,154 @@
+"""The rank environment: what torchrun, deepspeed, SLURM tasks or no launcher at all say about this process.
+
+torch.distributed and DeepSpeed read RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; `apply` makes sure that
+all five are set, whoever started the process. In order of precedence:
+
+1. RANK and WORLD_SIZE in the environment (torchrun, deepspeed, or set by hand). SLURM's variables are then ignored,
+   since torchrun and deepspeed often run inside a SLURM task of their own.
+2. A SLURM step of several tasks (`srun`): SLURM_PROCID, SLURM_LOCALID, SLURM_STEP_NUM_TASKS. A batch script or an
+   allocation without `srun` is no step and counts as no launcher.
+3. Nothing: one process, a free local port.
+
+MASTER_ADDR and MASTER_PORT, where set, are kept in all three. Values that contradict each other are an error, because
+ranks that disagree wait for each other until a timeout.
+"""
+
+import os
+import socket
+import subprocess
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+from moe_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class RankEnvironment:
+    """Where this process stands. launcher: 'torchrun', 'deepspeed', 'slurm', 'environment' or 'none'."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    master_addr: str
+    master_port: int
+    launcher: str
+
+
+def apply(environ: MutableMapping[str, str] = os.environ, *, local_rank: int | None = None) -> RankEnvironment:
+    """Derive the rank environment, write its five variables into `environ`, and return it.
+
+    local_rank: what the deepspeed launcher passed as --local_rank. Several ranks on one machine also share its cores:
+    OMP_NUM_THREADS is set to a rank's share unless it is set already (call this before torch is imported).
+    """
+    found = derive(environ, local_rank=local_rank)
+    environ["RANK"] = str(found.rank)
+    environ["LOCAL_RANK"] = str(found.local_rank)
+    environ["WORLD_SIZE"] = str(found.world_size)
+    environ["MASTER_ADDR"] = found.master_addr
+    environ["MASTER_PORT"] = str(found.master_port)
+    neighbours = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE")
+    if "OMP_NUM_THREADS" not in environ and neighbours and neighbours.isdecimal() and int(neighbours) > 1:
+        environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(neighbours)))
+    return found
+
+
+def derive(environ: MutableMapping[str, str], *, local_rank: int | None = None) -> RankEnvironment:
+    """The rank environment that `environ` describes; changes nothing. Raises UserError for contradictions."""
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        found = _from_variables(environ, local_rank)
+    elif _number(environ, "SLURM_STEP_NUM_TASKS", 1) > 1:
+        found = _from_slurm(environ)
+    else:
+        address = environ.get("MASTER_ADDR", "127.0.0.1")
+        found = RankEnvironment(0, 0, 1, address, _number(environ, "MASTER_PORT", 0) or _free_port(), "none")
+    if not 0 <= found.rank < found.world_size:
+        raise UserError(f"RANK={found.rank} is not below WORLD_SIZE={found.world_size}: the launcher's variables clash")
+    if local_rank is not None and local_rank != found.local_rank:
+        raise UserError(f"--local_rank={local_rank} but LOCAL_RANK={found.local_rank}: unset the one that is wrong")
+    return found
+
+
+def _from_variables(environ: MutableMapping[str, str], local_rank: int | None) -> RankEnvironment:
+    for name in ("RANK", "WORLD_SIZE"):
+        if name not in environ:
+            other = "WORLD_SIZE" if name == "RANK" else "RANK"
+            raise UserError(
+                f"{other} is set but {name} is not: start with torchrun, deepspeed or srun, "
+                f"or unset {other} for a single process"
+            )
+    rank, world_size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
+    if "TORCHELASTIC_RUN_ID" in environ:
+        launcher = "torchrun"
+    elif "CROSS_RANK" in environ:
+        launcher = "deepspeed"
+    else:
+        launcher = "environment"
+        tasks, task = _number(environ, "SLURM_STEP_NUM_TASKS", 1), _number(environ, "SLURM_PROCID", 0)
+        # One exported RANK for all tasks: `$SLURM_PROCID` was expanded before srun started them.
+        if tasks == world_size > 1 and task != rank:
+            raise UserError(
+                f"RANK={rank} but SLURM_PROCID={task} of {tasks} tasks: RANK was set outside of srun; unset RANK and "
+                "WORLD_SIZE and let the tasks find their own"
+            )
+    if "LOCAL_RANK" in environ:
+        local = _number(environ, "LOCAL_RANK")
+    elif local_rank is not None:
+        local = local_rank
+    elif world_size == 1:
+        local = 0
+    else:
+        raise UserError(f"LOCAL_RANK is not set though WORLD_SIZE={world_size}: set it to the rank within the machine")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if world_size > 1 and not environ.get(name):
+            raise UserError(f"{name} is not set though WORLD_SIZE={world_size}: set it to that of rank 0")
+    address = environ.get("MASTER_ADDR") or "127.0.0.1"
+    return RankEnvironment(
+        rank, local, world_size, address, _number(environ, "MASTER_PORT", 0) or _free_port(), launcher
+    )
+
+
+def _from_slurm(environ: MutableMapping[str, str]) -> RankEnvironment:
+    address = environ.get("MASTER_ADDR")
+    if not address:
+        address = "127.0.0.1"
+        if _number(environ, "SLURM_STEP_NUM_NODES", 1) > 1:
+            address = _first_host(environ.get("SLURM_STEP_NODELIST", ""))
+    # Every task computes the same port from the job and the step. It lies below the range from which the system
+    # hands out ports for outgoing connections, so that none of those can take it first.
+    job, step = _number(environ, "SLURM_JOB_ID", 0), _number(environ, "SLURM_STEP_ID", 0)
+    port = _number(environ, "MASTER_PORT", 0) or 20_000 + (job * 31 + step) % 10_000
+    return RankEnvironment(
+        _number(environ, "SLURM_PROCID"),
+        _number(environ, "SLURM_LOCALID"),
+        _number(environ, "SLURM_STEP_NUM_TASKS"),
+        address,
+        port,
+        "slurm",
+    )
+
+
+def _first_host(nodes: str) -> str:
+    """The first host of a SLURM node list; SLURM itself expands it, as its grammar is more than brackets."""
+    try:
+        done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=30)
+        hosts = done.stdout.split() if done.returncode == 0 else []
+    except (OSError, subprocess.TimeoutExpired):
+        hosts = []
+    if not hosts:
+        raise UserError(f"cannot expand the node list {nodes!r} with scontrol: set MASTER_ADDR to the host of rank 0")
+    return hosts[0]
+
+
+def _number(environ: MutableMapping[str, str], name: str, default: int | None = None) -> int:
+    text = environ.get(name)
+    if (text is None or text == "") and default is not None:
+        return default
+    if text is None or not text.strip().isdecimal():
+        raise UserError(f"{name}={text}: has to be a whole number")
+    return int(text)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

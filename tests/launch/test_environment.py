@@ -1,0 +1,85 @@
+import os
+
+import pytest
+
+from moe_dist.errors import UserError
+from moe_dist.launch.environment import apply, derive
+
+MASTER = {"MASTER_ADDR": "host0", "MASTER_PORT": "1234"}
+TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x", **MASTER}
+DEEPSPEED = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "CROSS_RANK": "0", "LOCAL_SIZE": "2", **MASTER}
+SLURM = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_ID": "2",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NUM_NODES": "1",
+}
+
+
+@pytest.mark.parametrize(
+    ("environ", "launcher", "ranks"),
+    [
+        (TORCHRUN, "torchrun", (3, 1, 4)),
+        (DEEPSPEED, "deepspeed", (1, 1, 2)),
+        (SLURM, "slurm", (3, 1, 4)),
+        ({**SLURM, **TORCHRUN, "SLURM_PROCID": "0"}, "torchrun", (3, 1, 4)),
+        ({**SLURM, **DEEPSPEED}, "deepspeed", (1, 1, 2)),
+        ({"SLURM_JOB_ID": "77", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, "none", (0, 0, 1)),
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, "none", (0, 0, 1)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "environment", (0, 0, 1)),
+        ({}, "none", (0, 0, 1)),
+    ],
+)
+def test_each_launcher_is_understood(environ, launcher, ranks):
+    found = derive(environ)
+    assert (found.launcher, (found.rank, found.local_rank, found.world_size)) == (launcher, ranks)
+    assert 0 < found.master_port < 65536
+
+
+def test_slurm_tasks_agree_on_a_port_below_the_ephemeral_range():
+    first = derive(SLURM)
+    second = derive({**SLURM, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
+    assert first.master_port == second.master_port < 32_768
+    assert derive({**SLURM, **MASTER}).master_port == 1234
+
+
+@pytest.mark.parametrize(
+    ("environ", "local_rank", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, None, "RANK is not"),
+        ({"RANK": "0"}, None, "WORLD_SIZE is not"),
+        ({**TORCHRUN, "RANK": "4"}, None, "RANK=4 is not below WORLD_SIZE=4"),
+        ({**TORCHRUN, "RANK": "x"}, None, "RANK=x"),
+        (TORCHRUN, 0, "--local_rank=0 but LOCAL_RANK=1"),
+        ({"RANK": "0", "WORLD_SIZE": "2", **MASTER}, None, "LOCAL_RANK is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, None, "MASTER_ADDR is not set"),
+        ({**SLURM, "RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", **MASTER}, None, "SLURM_PROCID=3"),
+        ({**SLURM, "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "n[1-2]"}, None, "set MASTER_ADDR"),
+    ],
+)
+def test_contradictions_are_refused(environ, local_rank, message, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError) as caught:
+        derive(environ, local_rank=local_rank)
+    assert message in str(caught.value)
+
+
+def test_slurm_itself_expands_node_lists(tmp_path, monkeypatch):
+    fake = tmp_path / "scontrol"
+    fake.write_text('#!/bin/sh\n[ "$3" = "rack[1-2]n[1-4]" ] && echo rack1n1 && echo rack1n2\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    found = derive({**SLURM, "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "rack[1-2]n[1-4]"})
+    assert found.master_addr == "rack1n1"
+
+
+def test_apply_sets_all_five_and_shares_the_cores():
+    environ = dict(DEEPSPEED)
+    apply(environ, local_rank=1)
+    assert int(environ["OMP_NUM_THREADS"]) == max(1, os.cpu_count() // 2)
+    alone: dict[str, str] = {}
+    apply(alone)
+    assert set(alone) == {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    assert apply({**environ, "OMP_NUM_THREADS": "7"}).world_size == 2
