@@ -1,0 +1,80 @@
+"""The index of one rank's file: what each of its tensors is a piece of, and the rank's own state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_dist.checkpoint.errors import CheckpointError
+from moe_dist.checkpoint.format import Manifest, check_plain_name, decode, encode, index_file, read_json
+from moe_dist.checkpoint.fragments import NOT_EXPERT, Range
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A fragment as its file holds it: a 1-D tensor of `range.length` elements."""
+
+    file: str
+    kind: str
+    range: Range
+    dtype: str
+
+    @property
+    def key(self) -> str:
+        """Its name within the safetensors file; readable with safetensors alone."""
+        at = self.range
+        expert = "" if at.expert == NOT_EXPERT else f"[{at.expert}]"
+        return f"{self.kind}/{at.name}{expert}@{at.offset}"
+
+
+def encode_index(rank: int, file: str, stored: Sequence[Stored], rank_state: Mapping[str, Any]) -> bytes:
+    fragments = [
+        {
+            "kind": piece.kind,
+            "name": piece.range.name,
+            "expert": piece.range.expert,
+            "offset": piece.range.offset,
+            "length": piece.range.length,
+            "dtype": piece.dtype,
+        }
+        for piece in stored
+    ]
+    value = {"rank": rank, "file": file, "rank_state": rank_state, "fragments": fragments}
+    return encode(value, where=f"index of rank {rank}")
+
+
+def decode_index(data: bytes, *, where: str) -> tuple[list[Stored], dict[str, Any]]:
+    """The fragments and the rank's state. A file name that leaves the folder is refused, so is a negative offset."""
+    value = decode(data, where=where)
+    try:
+        file = check_plain_name(value["file"], where=where)
+        stored = [
+            Stored(
+                file,
+                str(entry["kind"]),
+                Range(str(entry["name"]), int(entry["expert"]), int(entry["offset"]), int(entry["length"])),
+                str(entry["dtype"]),
+            )
+            for entry in value["fragments"]
+        ]
+        rank_state = dict(value["rank_state"])
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{where}: not an index ({type(error).__name__}: {error})") from None
+    for piece in stored:
+        if piece.range.offset < 0 or piece.range.length < 1 or piece.range.expert < NOT_EXPERT:
+            raise CheckpointError(f"{where}: impossible fragment {piece.kind} of {piece.range}")
+    return stored, rank_state
+
+
+def read_index(folder: Path, manifest: Manifest, rank: int) -> tuple[list[Stored], dict[str, Any]]:
+    """The index that one of the writing ranks left; the file that it speaks of is one that the manifest lists."""
+    name = index_file(rank)
+    stored, rank_state = decode_index(read_json(folder, manifest, name), where=f"{folder}/{name}")
+    for piece in stored:
+        if piece.file not in manifest.files:
+            raise CheckpointError(f"{folder}/{name}: speaks of {piece.file}, which the manifest does not list")
+    return stored, rank_state

@@ -1,0 +1,158 @@
+"""Reading ranges of a checkpoint, whatever ranks wrote it: they are cut from the fragments that hold them."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_dist.checkpoint.errors import CheckpointError
+from moe_dist.checkpoint.fingerprint import fingerprint
+from moe_dist.checkpoint.format import (
+    TENSORS,
+    TRAINER_STATE,
+    Manifest,
+    check_sizes,
+    decode,
+    decode_tensors,
+    read_json,
+)
+from moe_dist.checkpoint.fragments import NOT_EXPERT, Place, Range, label
+from moe_dist.checkpoint.index import Stored, read_index
+from moe_dist.checkpoint.tensorfile import DTYPES, TensorFile
+from moe_dist.checkpoint.verify import verify as verify_all
+
+_TORCH_DTYPES = {text: dtype for dtype, text in DTYPES.items()}
+
+
+class Checkpoint:
+    """An open checkpoint; use it in a `with`.
+
+    Attributes: path, step, world (ranks that wrote it), trainer_state, rank_states (one for each writing rank, for a
+    resume with as many ranks), catalogue (name -> TensorInfo), frozen (FrozenBase or None).
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.step = manifest.step
+        self.world = manifest.world
+        self.trainer_state = decode(read_json(path, manifest, TRAINER_STATE), where=f"{path}/{TRAINER_STATE}")
+        self.catalogue, self.frozen = decode_tensors(read_json(path, manifest, TENSORS), where=f"{path}/{TENSORS}")
+        self.rank_states: list[dict[str, Any]] = []
+        pieces: dict[tuple[str, str, int], list[Stored]] = defaultdict(list)
+        for rank in range(manifest.world):
+            stored, rank_state = read_index(path, manifest, rank)
+            self.rank_states.append(rank_state)
+            for piece in stored:
+                pieces[piece.kind, piece.range.name, piece.range.expert].append(piece)
+        self._pieces = {key: sorted(found, key=lambda p: p.range.offset) for key, found in pieces.items()}
+        self._files: dict[str, TensorFile] = {}
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the mapped files. What was read is the caller's own memory."""
+        self._files.clear()
+
+    def read(self, kind: str, wanted: Sequence[Range]) -> list[torch.Tensor]:
+        """The ranges, in order, as new 1-D tensors of the stored dtype; an absent one is a CheckpointError."""
+        tensors = []
+        for at in wanted:
+            first = self._holders(kind, at)[0]
+            tensor = torch.empty(at.length, dtype=_TORCH_DTYPES[first.dtype])
+            self.fill(kind, [Place(at, 0)], tensor)
+            tensors.append(tensor)
+        return tensors
+
+    def fill(self, kind: str, places: Sequence[Place], flat: torch.Tensor) -> None:
+        """Copy each place's range to its elements of `flat` (1-D, the stored dtype, any device); no others are touched.
+
+        Straight from the mapped file, each byte once: the memory that it takes is `flat`.
+        """
+        assert flat.dim() == 1, tuple(flat.shape)
+        with torch.no_grad():
+            for place in places:
+                self._copy(kind, place, flat)
+
+    def tensor(self, kind: str, name: str, expert: int = NOT_EXPERT) -> torch.Tensor:
+        """One whole tensor, or one whole expert of it, in its shape."""
+        info = self.catalogue.get(name)
+        if info is None:
+            raise CheckpointError(f"{self.path}: holds no tensor {name}")
+        if info.numel == 0:
+            return torch.empty(info.shape)
+        return self.read(kind, [Range(name, expert, 0, info.numel)])[0].view(info.shape)
+
+    def check_base(self, folder: str | Path) -> None:
+        """CheckpointError unless `folder` holds the very frozen weights that this checkpoint was trained with."""
+        if self.frozen is None:
+            return
+        found = fingerprint(folder, how=self.frozen.fingerprint.partition(":")[0])
+        if found != self.frozen.fingerprint:
+            raise CheckpointError(
+                f"{folder}: not the base model of {self.path}: its tensors give {found}, the checkpoint was trained on "
+                f"{self.frozen.folder} with {self.frozen.fingerprint}"
+            )
+
+    def _copy(self, kind: str, place: Place, flat: torch.Tensor) -> None:
+        at, reached, stop = place.range, place.range.offset, place.range.offset + place.range.length
+        for piece in self._holders(kind, at):
+            if piece.range.offset > reached:
+                raise self._hole(kind, at, reached, piece.range.offset)
+            if piece.dtype != DTYPES[flat.dtype]:
+                raise CheckpointError(
+                    f"{self.path}: {kind} of {piece.range} is {piece.dtype}, not {DTYPES[flat.dtype]}"
+                )
+            start = reached - piece.range.offset
+            count = min(stop - reached, piece.range.length - start)
+            part = self._open(piece.file).read(
+                piece.key, start, start + count, dtype=piece.dtype, numel=piece.range.length
+            )
+            to = place.start + reached - at.offset
+            flat[to : to + count].copy_(part)
+            reached += count
+            if reached == stop:
+                return
+        raise self._hole(kind, at, reached, stop)
+
+    def _holders(self, kind: str, at: Range) -> list[Stored]:
+        """The fragments of a tensor from the one that holds the range's first element on."""
+        pieces = self._pieces.get((kind, at.name, at.expert))
+        if not pieces:
+            known = at.name in self.catalogue
+            which = label(at.name, at.expert) if known else at.name
+            raise CheckpointError(f"{self.path}: holds no {kind} of {which}")
+        first = bisect_right([piece.range.offset for piece in pieces], at.offset) - 1
+        if first < 0:
+            raise self._hole(kind, at, at.offset, pieces[0].range.offset)
+        return pieces[first:]
+
+    def _hole(self, kind: str, at: Range, start: int, stop: int) -> CheckpointError:
+        missing = Range(at.name, at.expert, start, stop - start)
+        return CheckpointError(f"{self.path}: {kind} of {missing}: in no file")
+
+    def _open(self, file: str) -> TensorFile:
+        if file not in self._files:
+            self._files[file] = TensorFile(self.path / file)
+        return self._files[file]
+
+
+def open_checkpoint(path: str | Path, *, verify: str = "sizes") -> Checkpoint:
+    """Open `.../step-N`. verify: "sizes" (all files there at full size, JSON by sha256) or "full" (every byte).
+
+    CheckpointError names each file that is missing or damaged.
+    """
+    assert verify in ("sizes", "full"), verify
+    path = Path(path)
+    manifest = check_sizes(path)
+    if verify == "full":
+        verify_all(path).raise_if_bad()
+    return Checkpoint(path, manifest)
