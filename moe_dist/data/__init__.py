@@ -1,0 +1,1 @@
+"""Text in, batches out: sources, chat formatting, packing, the token cache, the resumable sampler."""

@@ -1,0 +1,167 @@
+"""Tokenised and packed sources on disk: built once, found by content, mapped into memory.
+
+A cache entry is a folder named by the digest of everything that decides its content (records, tokenizer, chat
+template, seq_len, packing, versions of reader and encoder), holding flat little-endian arrays and `meta.json`:
+
+  tokens.bin   uint32 [N]    ids of all documents one after another
+  loss.bin     uint8  [N]    1 where a token is to be learned
+  start.bin    int64  [M]    first token of each piece of a row, rows one after another
+  length.bin   int32  [M]    its tokens
+  rows.bin     int64  [R+1]  pieces of row r: rows[r] .. rows[r+1]
+
+It is written in a temporary folder beside, flushed to disk, and renamed: an entry exists whole or not at all. A lock
+keeps several processes from doing the same work; where the file system has no locks, the first rename wins.
+"""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from moe_dist.data.atomic import locked, new_folder, remove_debris, write_durably
+from moe_dist.data.fingerprint import digest
+from moe_dist.data.packing import assemble, best_fit_decreasing, cut
+from moe_dist.data.records import RecordLog
+from moe_dist.errors import UserError
+
+# Bumped when the layout of the files, or how rows are made from documents, changes.
+CACHE_VERSION = 1
+ARRAYS = {"tokens": "<u4", "loss": "u1", "start": "<i8", "length": "<i4", "rows": "<i8"}
+
+
+class PackedRows:
+    """The rows of one source, read from a cache entry.
+
+    len(rows) rows; rows[i] is a dict of int64 arrays [seq_len] (see `moe_dist.data.packing`).
+    meta: counts (documents, tokens, label_tokens, rows, ...), the book of bad records, the identity.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        try:
+            self.meta = json.loads((self.folder / "meta.json").read_text("utf-8"))
+            arrays = {name: self._map(name) for name in ARRAYS}
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{self.folder}: the token cache is damaged ({error}); delete that folder to have it built anew"
+            ) from error
+        self.seq_len = self.meta["seq_len"]
+        self.pad_id = self.meta["pad_id"]
+        self._tokens, self._loss = arrays["tokens"], arrays["loss"]
+        self._start, self._length, self._rows = arrays["start"], arrays["length"], arrays["rows"]
+
+    def __len__(self) -> int:
+        return len(self._rows) - 1
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        pieces = []
+        for piece in range(int(self._rows[index]), int(self._rows[index + 1])):
+            span = slice(int(self._start[piece]), int(self._start[piece]) + int(self._length[piece]))
+            pieces.append((self._tokens[span].astype(np.int64), self._loss[span].astype(bool)))
+        return assemble(pieces, self.seq_len, self.pad_id)
+
+    def _map(self, name: str) -> np.ndarray:
+        path = self.folder / f"{name}.bin"
+        dtype, count = np.dtype(ARRAYS[name]), int(self.meta["elements"][name])
+        if path.stat().st_size != count * dtype.itemsize:
+            raise ValueError(f"{path.name} has {path.stat().st_size} bytes, not {count * dtype.itemsize}")
+        return np.memmap(path, dtype=dtype, mode="r", shape=(count,)) if count else np.empty(0, dtype)
+
+
+def cached_rows(root: Path, source, encoder, *, seq_len: int, packing: bool, on_bad: str = "fail") -> PackedRows:
+    """The packed rows of a source, from the cache under `root`, built now if they are not there.
+
+    source: has name, fingerprint(memo_dir) and records(book). encoder: has identity, pad_id and encode(records, book).
+    packing: several documents in a row, best fit; otherwise one document, or one piece of a long one.
+    UserError for bad records under the policy "fail", a source without a usable document, a full disk.
+    """
+    root = Path(root).expanduser()
+    identity = {
+        "cache": CACHE_VERSION,
+        "source": source.fingerprint(root / "files"),
+        "encoder": encoder.identity,
+        "seq_len": seq_len,
+        "packing": packing,
+        "pad_id": encoder.pad_id,
+        "on_bad": on_bad,
+    }
+    key = digest(identity)[:40]
+    folder = root / key
+    if not (folder / "meta.json").is_file():
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with locked(root / f"{key}.lock") as held:
+                if held:
+                    remove_debris(folder)
+                if not (folder / "meta.json").is_file():
+                    _build(folder, source, encoder, identity)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                free = shutil.disk_usage(root).free
+                raise UserError(
+                    f"{root}: no space left for the token cache of '{source.name}' ({free:,} bytes free); "
+                    "choose another data.cache_dir"
+                ) from error
+            raise UserError(f"{root}: the token cache cannot be written: {error}") from error
+    return PackedRows(folder)
+
+
+def _build(folder: Path, source, encoder, identity: dict) -> None:
+    with new_folder(folder, marker="meta.json") as temporary:
+        book = RecordLog(on_bad=identity["on_bad"])
+        meta = _write_arrays(temporary, source, encoder, book, identity["seq_len"], identity["packing"])
+        meta |= {
+            "name": source.name,
+            "seq_len": identity["seq_len"],
+            "pad_id": identity["pad_id"],
+            "book": book.as_dict(),
+            "identity": identity,
+        }
+        write_durably(temporary / "meta.json", json.dumps(meta, indent=1).encode("utf-8"))
+
+
+def _write_arrays(folder: Path, source, encoder, book: RecordLog, seq_len: int, packing: bool) -> dict:
+    starts: list[int] = []
+    lengths: list[int] = []
+    documents = tokens = label_tokens = unused = 0
+    with open(folder / "tokens.bin", "wb") as token_file, open(folder / "loss.bin", "wb") as loss_file:
+        for ids, loss in encoder.encode(source.records(book), book):
+            token_file.write(ids.astype(ARRAYS["tokens"]).tobytes())
+            loss_file.write(loss.astype(ARRAYS["loss"]).tobytes())
+            pieces = cut(loss, seq_len)
+            for start, length in pieces:
+                starts.append(tokens + start)
+                lengths.append(length)
+                label_tokens += int(np.count_nonzero(loss[start + 1 : start + length]))
+            unused += len(ids) - sum(length for _, length in pieces)
+            tokens += len(ids)
+            documents += 1
+        for file in (token_file, loss_file):
+            file.flush()
+            os.fsync(file.fileno())
+    if not starts:
+        left_out = f"; {sum(book.bad.values())} records were left out" if book.bad else ""
+        raise UserError(f"data source {source.name}: no document with a token to learn{left_out}")
+    rows = best_fit_decreasing(lengths, seq_len) if packing else [[piece] for piece in range(len(lengths))]
+    order = [piece for row in rows for piece in row]
+    arrays = {
+        "start": np.asarray(starts)[order],
+        "length": np.asarray(lengths)[order],
+        "rows": np.concatenate([[0], np.cumsum([len(row) for row in rows])]),
+    }
+    for name, values in arrays.items():
+        write_durably(folder / f"{name}.bin", values.astype(ARRAYS[name]).tobytes())
+    return {
+        "documents": documents,
+        "tokens": tokens,
+        "label_tokens": label_tokens,
+        "unused_tokens": unused,
+        "rows": len(rows),
+        "fill": sum(lengths) / (len(rows) * seq_len),
+        "elements": {"tokens": tokens, "loss": tokens, **{name: len(values) for name, values in arrays.items()}},
+    }
