@@ -102,41 +102,44 @@ def all_keys() -> tuple[str, ...]:
     )
 
 
-def check_known(tree: Any, *, origin: str) -> None:
+def check_known(tree: Any, *, origin: str, schema: type = RunConfig) -> None:
     """Raise UserError for the first key of `tree` (nested dicts and lists) that the schema does not have."""
-    _walk(tree, RunConfig, "", origin)
+    _walk(tree, schema, "", origin, schema is RunConfig)
 
 
-def _walk(value: Any, kind: Any, place: str, origin: str) -> None:
+def _walk(value: Any, kind: Any, place: str, origin: str, hints: bool) -> None:
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise UserError(f"{origin}: {place or 'a configuration'} has to be a mapping of keys, not {value!r}")
         known = fields_of(kind)
         for name, inner in value.items():
             if name not in known:
-                raise UserError(f"{origin}: {unknown_key(name, kind, place)}")
-            _walk(inner, known[name][0], f"{place}.{name}" if place else name, origin)
+                raise UserError(f"{origin}: {unknown_key(name, kind, place, hints=hints)}")
+            _walk(inner, known[name][0], f"{place}.{name}" if place else name, origin, hints)
     elif typing.get_origin(kind) is list:
         if not isinstance(value, list):
             raise UserError(f"{origin}: {place} has to be a list, not {value!r}")
         for index, inner in enumerate(value):
-            _walk(inner, typing.get_args(kind)[0], f"{place}.{index}", origin)
+            _walk(inner, typing.get_args(kind)[0], f"{place}.{index}", origin, hints)
 
 
-def unknown_key(name: str, section: type, place: str) -> str:
-    """What to say about a key that `section` (at `place`, '' for the top) does not have."""
+def unknown_key(name: str, section: type, place: str, *, hints: bool = True) -> str:
+    """What to say about a key that `section` (at `place`, '' for the top) does not have.
+
+    hints: also look for the name in the other sections of RunConfig and among the names of other trainers.
+    """
     full = f"{place}.{name}" if place else name
     start = f"{place}." if place else ""
     elsewhere = [key for key in all_keys() if key.rsplit(".", 1)[1] == name]
     near = difflib.get_close_matches(name, list(fields_of(section)), n=1, cutoff=0.7)
     anywhere = difflib.get_close_matches(name, [key.split(".", 1)[1] for key in all_keys()], n=1, cutoff=0.75)
-    if name in ALIASES:
+    if name in ALIASES and hints:
         guess = ALIASES[name]
     elif near:
         guess = start + near[0]
-    elif elsewhere:
+    elif elsewhere and hints:
         guess = elsewhere[0]
-    elif anywhere:
+    elif anywhere and hints:
         guess = next(key for key in all_keys() if key.split(".", 1)[1] == anywhere[0])
     else:
         return f"unknown key {full}; {place or 'a configuration'} has {', '.join(fields_of(section))}"

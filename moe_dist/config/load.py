@@ -57,6 +57,8 @@ def build(
     name: str = "run",
 ) -> RunConfig:
     """A checked RunConfig from nested plain values. `name` is what the run is called when run.name is absent."""
+    if "stages" in tree:
+        raise UserError(f"{origin}: this is a recipe of stages; run it with `moe-dist run`")
     tree = copy.deepcopy(tree)
     _normalise(tree)
     check_known(tree, origin=origin)

@@ -60,7 +60,7 @@ def derive(environ: MutableMapping[str, str], *, local_rank: int | None = None) 
         found = _from_slurm(environ)
     else:
         address = environ.get("MASTER_ADDR", "127.0.0.1")
-        found = RankEnvironment(0, 0, 1, address, _number(environ, "MASTER_PORT", 0) or _free_port(), "none")
+        found = RankEnvironment(0, 0, 1, address, _number(environ, "MASTER_PORT", 0) or free_port(), "none")
     if not 0 <= found.rank < found.world_size:
         raise UserError(f"RANK={found.rank} is not below WORLD_SIZE={found.world_size}: the launcher's variables clash")
     if local_rank is not None and local_rank != found.local_rank:
@@ -103,7 +103,7 @@ def _from_variables(environ: MutableMapping[str, str], local_rank: int | None) -
             raise UserError(f"{name} is not set though WORLD_SIZE={world_size}: set it to that of rank 0")
     address = environ.get("MASTER_ADDR") or "127.0.0.1"
     return RankEnvironment(
-        rank, local, world_size, address, _number(environ, "MASTER_PORT", 0) or _free_port(), launcher
+        rank, local, world_size, address, _number(environ, "MASTER_PORT", 0) or free_port(), launcher
     )
 
 
@@ -148,7 +148,8 @@ def _number(environ: MutableMapping[str, str], name: str, default: int | None = 
     return int(text)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nobody uses at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

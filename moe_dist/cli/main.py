@@ -1,0 +1,158 @@
+"""Entry of the command line: finds the verb, turns errors into messages and exit codes.
+
+Only the standard library is imported here; a verb imports what it needs when it runs.
+"""
+
+import argparse
+import difflib
+import errno
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from moe_dist import __version__
+from moe_dist.errors import EXIT_OK, EXIT_POLICY, EXIT_TRANSIENT, EXIT_USER, PolicyStop, UserError
+
+VERBS = {
+    "train": "train a model as a config file says",
+    "run": "go through the stages of a recipe, each of them resumable",
+    "eval": "held-out loss and perplexity of a model, domain by domain",
+    "export": "write a run or a checkpoint as a Hugging Face folder",
+    "ckpt": "list and verify checkpoints",
+    "doctor": "check this machine and the installation",
+}
+
+HELP = """\
+usage: moe-dist VERB ... [key=value ...]
+
+Distributed training of Mixture-of-Experts language models: Hugging Face in, Hugging Face out.
+
+verbs:
+{verbs}
+
+examples:
+  moe-dist doctor                                        what works on this machine
+  moe-dist train configs/debug/tiny.yaml                 one process, on a GPU if there is one, else on the CPU
+  moe-dist train configs/debug/tiny.yaml --dry-run       what would run, without data, weights or GPU
+  moe-dist train configs/debug/tiny.yaml train.lr=1e-4   every key of the config can be overridden
+  deepspeed --num_gpus 2 --module moe_dist train configs/debug/tiny.yaml parallel.expert=2
+  torchrun --nproc-per-node 2 -m moe_dist train configs/debug/tiny.yaml parallel.expert=2
+  moe-dist export runs/tiny exported                     a plain Hugging Face folder
+  moe-dist run configs/quickstart.yaml                   train, resume, evaluate, export, sample
+
+The same command again resumes. `moe-dist VERB --help` says more; `moe-dist train --help-keys` lists every key.
+Exit codes: 0 done, 2 wrong input, 85 stopped with a checkpoint saved, 86 transient failure, 87 stopped by policy."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code. `argv` without the program's name; sys.argv by default."""
+    code = EXIT_USER
+    try:
+        code = _main(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        _say(f"error: {error}")
+    except PolicyStop as error:
+        _say(f"stopped: {error}")
+        code = EXIT_POLICY
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader, `head` say, has what it wanted
+        code = EXIT_OK
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            code = 1
+            _leave_exit_code(code)
+            raise
+        place = f" at {error.filename}" if error.filename else ""
+        _say(f"error: no disk space left{place}: free some, then start the same command again")
+    except KeyboardInterrupt:
+        _say("interrupted")
+        code = 130
+    except SystemExit as stop:  # argparse
+        code = stop.code if isinstance(stop.code, int) else EXIT_USER
+    except Exception as error:
+        code = EXIT_TRANSIENT if _is_transient(error) else 1
+        if code == 1:
+            _leave_exit_code(code)
+            raise
+        traceback.print_exc()
+        _say("another rank or the network failed: start the same command again to continue")
+    _leave_exit_code(code)
+    return code
+
+
+def _main(argv: list[str]) -> int:
+    argv, local_rank = take_local_rank(argv)
+    if argv and argv[0] in ("--version", "-V"):
+        print(f"moe_dist {__version__}")
+        return EXIT_OK
+    if not argv or argv[0] in ("--help", "-h", "help"):
+        print(HELP.format(verbs="\n".join(f"  {verb:<8} {line}" for verb, line in VERBS.items())))
+        return EXIT_OK if argv else EXIT_USER
+    verb = argv[0]
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(VERBS)}"
+        raise UserError(f"unknown verb {verb!r}: {hint}")
+    module = importlib.import_module(f"moe_dist.cli.{verb}")
+    parser = _Parser(
+        prog=f"moe-dist {verb}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    args = parser.parse_intermixed_args(argv[1:])
+    args.local_rank = local_rank
+    return module.run(args)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports mistakes as all others are reported."""
+
+    def error(self, message: str):
+        if "unrecognized arguments" in message:
+            message += " (values of the config go without dashes, as in train.lr=1e-4)"
+        raise UserError(f"{message}; `{self.prog} --help` says more")
+
+
+def _is_transient(error: Exception) -> bool:
+    """Whether a collective failed because a peer or the network went away. Does not import torch."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and isinstance(error, torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and "gloo" in str(error) and "onnection" in str(error)
+
+
+def take_local_rank(argv: Sequence[str]) -> tuple[list[str], int | None]:
+    """(argv without --local_rank or --local-rank, wherever a launcher put it; its value or None)."""
+    rest, value = [], None
+    words = iter(argv)
+    for word in words:
+        name, equals, text = word.partition("=")
+        if name not in ("--local_rank", "--local-rank"):
+            rest.append(word)
+            continue
+        text = text if equals else next(words, "")
+        if not text.isdecimal():
+            raise UserError(f"{name}={text}: has to be a whole number")
+        value = int(text)
+    return rest, value
+
+
+def _say(message: str) -> None:
+    """One message on stderr; ranks other than 0 say who they are."""
+    rank = os.environ.get("RANK", "0")
+    print(f"moe-dist: {message}" if rank == "0" else f"moe-dist [rank {rank}]: {message}", file=sys.stderr, flush=True)
+
+
+def _leave_exit_code(code: int) -> None:
+    """Tell the recipe that started us how we ended; the first failing rank counts, rank 0 speaks for success."""
+    path = os.environ.get("MOE_DIST_EXIT_FILE")
+    if path and (code != EXIT_OK or os.environ.get("RANK", "0") == "0"):
+        try:
+            with open(path, "x") as file:
+                file.write(str(code))
+        except OSError:
+            pass  # another rank was first, or the folder is gone: the launcher's own exit code is left
