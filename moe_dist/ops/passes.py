@@ -4,7 +4,12 @@ Each takes preallocated outputs (`out=`) and knows nothing of autograd; shapes a
 permute's backward is `unpermute` without probabilities.
 """
 
-from moe_dist.ops import reference
+import torch
+
+from moe_dist.ops import native, reference
+
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+_MAX_CUDA_EXPERTS = 8192  # the CUDA row map keeps a counter for each expert in shared memory
 
 
 def backend(device="cpu") -> str:
@@ -12,22 +17,32 @@ def backend(device="cpu") -> str:
 
     float16 and float64 always take the plain reference.
     """
-    return "torch"
+    kind = torch.device(device).type
+    if kind == "cuda" and native.has_cuda():
+        return "cuda"
+    return "cpp" if kind == "cpu" and native.has_cpu() else "torch"
+
+
+def _choose(tensor):
+    native_runs = tensor.dtype in _NATIVE_DTYPES and backend(tensor.device) != "torch"
+    return native if native_runs else reference
 
 
 def row_map(ids_TK, num_experts, num_rows=None):
-    return reference.row_map(ids_TK, num_experts, num_rows)
+    kind = backend(ids_TK.device)
+    native_runs = kind == "cpp" or (kind == "cuda" and num_experts <= _MAX_CUDA_EXPERTS)
+    return (native if native_runs else reference).row_map(ids_TK, num_experts, num_rows)
 
 
 def permute(x_TH, plan, *, out=None):
-    return reference.permute(x_TH, plan, out=out)
+    return _choose(x_TH).permute(x_TH, plan, out=out)
 
 
 def unpermute(rows_NH, plan, probs_TK=None, *, out=None):
-    return reference.unpermute(rows_NH, plan, probs_TK, out=out)
+    return _choose(rows_NH).unpermute(rows_NH, plan, probs_TK, out=out)
 
 
 def unpermute_backward(dy_TH, plan, *, probs_TK=None, rows_NH=None, out=None, out_probs=None):
-    return reference.unpermute_backward(
+    return _choose(dy_TH).unpermute_backward(
         dy_TH, plan, probs_TK=probs_TK, rows_NH=rows_NH, out=out, out_probs=out_probs
     )

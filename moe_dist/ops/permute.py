@@ -29,16 +29,14 @@ def permute_rows(x_TH: torch.Tensor, plan: RowPlan) -> torch.Tensor:
 def unpermute(rows_NH: torch.Tensor, plan: RowPlan, probs_TK: torch.Tensor | None = None) -> torch.Tensor:
     """Sum the rows of each token, times its probabilities -> y `[T, H]` in the dtype of the rows.
 
-    rows_NH: `[N, H]`, any floating dtype and strides. probs_TK: `[T, K]`, any floating dtype; None: a plain sum.
+    rows_NH: `[N, H]`, any floating dtype and strides. probs_TK: `[T, K]`, any floating dtype; None: plain sum.
     y[t] = sum over k of probs[t, k] · rows[row of (t, k)], accumulated in the order of k in fp32 (float64 in
     float64). A token whose slots are all dropped gets zeros. Differentiable in rows and probs.
 
     Raises ValueError where the shapes or devices do not belong to the plan.
     """
     _check(rows_NH, "rows", plan.num_rows, plan)
-    if probs_TK is not None and (
-        probs_TK.shape != plan.row_of_slot_TK.shape or not probs_TK.is_floating_point()
-    ):
+    if probs_TK is not None and (probs_TK.shape != plan.row_of_slot_TK.shape or not probs_TK.is_floating_point()):
         raise ValueError(
             f"probs must be floating point {list(plan.row_of_slot_TK.shape)}, "
             f"got {probs_TK.dtype} {list(probs_TK.shape)}"

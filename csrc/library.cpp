@@ -1,0 +1,215 @@
+// The op table: schemas, checks, and the way from tensors to raw memory. Built against torch's stable ABI, so that
+// one library serves every torch from 2.11 on.
+//
+// Every op writes into outputs that the caller allocated (moe_dist/ops/native.py). A failed check here is a bug of
+// that file, not of a user's.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "permute.h"
+
+namespace {
+
+using moe_dist::Dtype;
+using moe_dist::Ids;
+using moe_dist::Matrix;
+using moe_dist::RowMap;
+using moe_dist::Slots;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Dtype dtype_of(const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, "fp32 or bf16 expected");
+  return type == ScalarType::Float ? Dtype::f32 : Dtype::bf16;
+}
+
+Matrix matrix_of(const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.dim() == 2 && (tensor.stride(1) == 1 || tensor.size(1) <= 1), "dense columns expected");
+  return {static_cast<char*>(tensor.data_ptr()), tensor.stride(0) * static_cast<int64_t>(tensor.element_size())};
+}
+
+Slots slots_of(const Tensor& row_of_slot) {
+  STD_TORCH_CHECK(
+      row_of_slot.scalar_type() == ScalarType::Int && row_of_slot.dim() == 2 && row_of_slot.is_contiguous(),
+      "row_of_slot must be int32, contiguous");
+  return {static_cast<const int32_t*>(row_of_slot.data_ptr()), row_of_slot.size(0), row_of_slot.size(1)};
+}
+
+float* probs_of(const std::optional<Tensor>& probs, const Slots& slots) {
+  if (!probs) return nullptr;
+  STD_TORCH_CHECK(
+      probs->scalar_type() == ScalarType::Float && probs->is_contiguous() &&
+          probs->numel() == slots.tokens * slots.top_k,
+      "probabilities must be fp32 [tokens, k], contiguous");
+  return static_cast<float*>(probs->data_ptr());
+}
+
+Ids ids_of(const Tensor& ids) {
+  const ScalarType type = ids.scalar_type();
+  STD_TORCH_CHECK((type == ScalarType::Int || type == ScalarType::Long) && ids.dim() == 2, "ids: int, 2-d");
+  return {ids.data_ptr(), type == ScalarType::Long, ids.size(0), ids.size(1), ids.stride(0), ids.stride(1)};
+}
+
+RowMap row_map_of(const Tensor& counts, const Tensor& row_of_slot, const Tensor& slot_of_row, const Tensor& status) {
+  STD_TORCH_CHECK(
+      counts.scalar_type() == ScalarType::Long && status.scalar_type() == ScalarType::Long && status.numel() == 2 &&
+          row_of_slot.scalar_type() == ScalarType::Int && slot_of_row.scalar_type() == ScalarType::Int &&
+          slot_of_row.numel() == row_of_slot.numel() && row_of_slot.is_contiguous(),
+      "outputs of the row map");
+  return {
+      static_cast<int64_t*>(counts.data_ptr()), static_cast<int32_t*>(row_of_slot.data_ptr()),
+      static_cast<int32_t*>(slot_of_row.data_ptr()), static_cast<int64_t*>(status.data_ptr())};
+}
+
+void check_same(const Tensor& a, const Tensor& b) {
+  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type() && a.size(1) == b.size(1), "input and output differ");
+}
+
+namespace on_cpu {
+
+void row_map(
+    Tensor ids, int64_t num_experts, int64_t, Tensor counts, Tensor row_of_slot, Tensor slot_of_row, Tensor status) {
+  moe_dist::cpu::row_map(ids_of(ids), num_experts, row_map_of(counts, row_of_slot, slot_of_row, status));
+}
+
+void permute(Tensor x, Tensor row_of_slot, Tensor rows) {
+  check_same(x, rows);
+  const int64_t row_bytes = x.size(1) * static_cast<int64_t>(x.element_size());
+  moe_dist::cpu::permute(slots_of(row_of_slot), matrix_of(x), matrix_of(rows), row_bytes);
+}
+
+void unpermute(Tensor rows, Tensor row_of_slot, std::optional<Tensor> probs, Tensor y) {
+  check_same(rows, y);
+  const Slots slots = slots_of(row_of_slot);
+  moe_dist::cpu::unpermute(
+      slots, dtype_of(y), y.size(1), matrix_of(rows), probs_of(probs, slots), matrix_of(y));
+}
+
+void unpermute_backward(
+    Tensor dy, Tensor row_of_slot, std::optional<Tensor> probs, std::optional<Tensor> rows, Tensor drows,
+    std::optional<Tensor> dprobs) {
+  check_same(dy, drows);
+  STD_TORCH_CHECK(rows.has_value() == dprobs.has_value(), "rows and dprobs go together");
+  const Slots slots = slots_of(row_of_slot);
+  moe_dist::cpu::unpermute_backward(
+      slots, dtype_of(dy), dy.size(1), matrix_of(dy), probs_of(probs, slots), rows ? matrix_of(*rows) : Matrix{},
+      matrix_of(drows), probs_of(dprobs, slots));
+}
+
+}  // namespace on_cpu
+
+#ifdef MOE_DIST_CUDA
+// Weak: a torch without CUDA lacks it, and there the library must load all the same.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+namespace on_cuda {
+
+// Makes the tensor's device the current one, for as long as it lives.
+struct Launch {
+  explicit Launch(const Tensor& tensor) : guard(tensor.get_device_index()) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "this torch has no CUDA");
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) == 0, "no CUDA stream");
+  }
+  torch::stable::accelerator::DeviceGuard guard;
+  void* stream = nullptr;
+};
+
+void check(const char* error) {
+  STD_TORCH_CHECK(!error, "CUDA launch failed: ", error);
+}
+
+void row_map(
+    Tensor ids, int64_t num_experts, int64_t expected_rows, Tensor counts, Tensor row_of_slot, Tensor slot_of_row,
+    Tensor status) {
+  STD_TORCH_CHECK(num_experts <= moe_dist::cuda::kMaxExperts, "too many experts for the CUDA row map");
+  const Launch launch(ids);
+  const int64_t scratch_size = moe_dist::cuda::row_map_scratch(ids.numel(), num_experts);
+  Tensor scratch = torch::stable::new_empty(slot_of_row, {scratch_size});
+  check(moe_dist::cuda::row_map(
+      ids_of(ids), num_experts, expected_rows, row_map_of(counts, row_of_slot, slot_of_row, status),
+      static_cast<int32_t*>(scratch.data_ptr()), launch.stream));
+}
+
+void permute(Tensor x, Tensor row_of_slot, Tensor rows) {
+  check_same(x, rows);
+  const Launch launch(x);
+  const int64_t row_bytes = x.size(1) * static_cast<int64_t>(x.element_size());
+  check(moe_dist::cuda::permute(slots_of(row_of_slot), matrix_of(x), matrix_of(rows), row_bytes, launch.stream));
+}
+
+void unpermute(Tensor rows, Tensor row_of_slot, std::optional<Tensor> probs, Tensor y) {
+  check_same(rows, y);
+  const Launch launch(rows);
+  const Slots slots = slots_of(row_of_slot);
+  check(moe_dist::cuda::unpermute(
+      slots, dtype_of(y), y.size(1), matrix_of(rows), probs_of(probs, slots), matrix_of(y), launch.stream));
+}
+
+void unpermute_backward(
+    Tensor dy, Tensor row_of_slot, std::optional<Tensor> probs, std::optional<Tensor> rows, Tensor drows,
+    std::optional<Tensor> dprobs) {
+  check_same(dy, drows);
+  STD_TORCH_CHECK(rows.has_value() == dprobs.has_value(), "rows and dprobs go together");
+  const Launch launch(dy);
+  const Slots slots = slots_of(row_of_slot);
+  check(moe_dist::cuda::unpermute_backward(
+      slots, dtype_of(dy), dy.size(1), matrix_of(dy), probs_of(probs, slots), rows ? matrix_of(*rows) : Matrix{},
+      matrix_of(drows), probs_of(dprobs, slots), launch.stream));
+}
+
+}  // namespace on_cuda
+#endif  // MOE_DIST_CUDA
+
+std::string instruction_set() {
+  return moe_dist::cpu::instruction_set();
+}
+
+bool has_cuda() {
+#ifdef MOE_DIST_CUDA
+  return true;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(moe_dist, library) {
+  library.def("instruction_set() -> str");
+  library.def("has_cuda() -> bool");
+  library.def(
+      "row_map(Tensor ids, int num_experts, int expected_rows, Tensor(a!) counts, Tensor(b!) row_of_slot, "
+      "Tensor(c!) slot_of_row, Tensor(d!) status) -> ()");
+  library.def("permute(Tensor x, Tensor row_of_slot, Tensor(a!) rows) -> ()");
+  library.def("unpermute(Tensor rows, Tensor row_of_slot, Tensor? probs, Tensor(a!) y) -> ()");
+  library.def(
+      "unpermute_backward(Tensor dy, Tensor row_of_slot, Tensor? probs, Tensor? rows, Tensor(a!) drows, "
+      "Tensor(b!)? dprobs) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(moe_dist, CompositeExplicitAutograd, library) {
+  library.impl("instruction_set", TORCH_BOX(&instruction_set));
+  library.impl("has_cuda", TORCH_BOX(&has_cuda));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(moe_dist, CPU, library) {
+  library.impl("row_map", TORCH_BOX(&on_cpu::row_map));
+  library.impl("permute", TORCH_BOX(&on_cpu::permute));
+  library.impl("unpermute", TORCH_BOX(&on_cpu::unpermute));
+  library.impl("unpermute_backward", TORCH_BOX(&on_cpu::unpermute_backward));
+}
+
+#ifdef MOE_DIST_CUDA
+STABLE_TORCH_LIBRARY_IMPL(moe_dist, CUDA, library) {
+  library.impl("row_map", TORCH_BOX(&on_cuda::row_map));
+  library.impl("permute", TORCH_BOX(&on_cuda::permute));
+  library.impl("unpermute", TORCH_BOX(&on_cuda::unpermute));
+  library.impl("unpermute_backward", TORCH_BOX(&on_cuda::unpermute_backward));
+}
+#endif

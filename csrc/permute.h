@@ -1,0 +1,80 @@
+// permute and unpermute on raw memory: what the CPU and the CUDA files implement and library.cpp calls.
+//
+// T tokens, K experts per token, E experts, N rows, H hidden. A slot is one of the T*K (token, k) pairs, numbered
+// t*K + k. row_of_slot holds the row of each slot, -1 where the slot is dropped. All offsets are 64-bit: rows * H
+// passes 2^31 in ordinary use.
+#pragma once
+
+#include <cstdint>
+
+namespace moe_dist {
+
+enum class Dtype { f32, bf16 };
+
+// Expert ids [T, K], 32- or 64-bit, any strides (counted in elements).
+struct Ids {
+  const void* data;
+  bool wide;
+  int64_t tokens, top_k, token_stride, k_stride;
+};
+
+// A matrix whose columns are dense and whose rows lie `stride` bytes apart.
+struct Matrix {
+  char* data;
+  int64_t stride;
+};
+
+struct Slots {
+  const int32_t* row_of_slot;
+  int64_t tokens, top_k;
+};
+
+// What the row map writes. counts [E]; row_of_slot [T*K]; slot_of_row [T*K], filled up to N; status [2] = {N, the
+// largest id seen that is not below E, else -1}. Nothing but the status is meaningful where there is such an id.
+struct RowMap {
+  int64_t* counts;
+  int32_t* row_of_slot;
+  int32_t* slot_of_row;
+  int64_t* status;
+};
+
+namespace cpu {
+
+// The widest instruction set that the kernels use here: "avx512", "avx2" or "portable".
+const char* instruction_set();
+
+// Stable counting sort of the slots by expert; a negative id drops its slot.
+void row_map(const Ids& ids, int64_t num_experts, const RowMap& out);
+
+// rows[row of (t, k)] = x[t]. A copy of `row_bytes` bytes, whatever they hold.
+void permute(const Slots& slots, Matrix x, Matrix rows, int64_t row_bytes);
+
+// y[t] = sum over k of probs[t, k] * rows[row of (t, k)], in fp32 and in the order of k. probs [T*K] or null.
+void unpermute(const Slots& slots, Dtype dtype, int64_t hidden, Matrix rows, const float* probs, Matrix y);
+
+// drows[row of (t, k)] = probs[t, k] * dy[t]; dprobs[t, k] = <dy[t], rows[row of (t, k)]>, zero where dropped.
+// probs may be null (all ones); rows.data and dprobs are null together where that gradient is not wanted.
+void unpermute_backward(
+    const Slots& slots, Dtype dtype, int64_t hidden, Matrix dy, const float* probs, Matrix rows, Matrix drows,
+    float* dprobs);
+
+}  // namespace cpu
+
+namespace cuda {
+
+// Each takes the CUDA stream to run on and returns null, or the message of a failed launch.
+// `scratch` holds row_map_scratch(...) ints. `expected` is N where the caller knows it (the device stops if it is
+// wrong), else -1.
+constexpr int64_t kMaxExperts = 8192;  // the row map keeps a counter for each expert in shared memory
+int64_t row_map_scratch(int64_t slots, int64_t num_experts);
+const char* row_map(
+    const Ids& ids, int64_t num_experts, int64_t expected, const RowMap& out, int32_t* scratch, void* stream);
+const char* permute(const Slots& slots, Matrix x, Matrix rows, int64_t row_bytes, void* stream);
+const char* unpermute(
+    const Slots& slots, Dtype dtype, int64_t hidden, Matrix rows, const float* probs, Matrix y, void* stream);
+const char* unpermute_backward(
+    const Slots& slots, Dtype dtype, int64_t hidden, Matrix dy, const float* probs, Matrix rows, Matrix drows,
+    float* dprobs, void* stream);
+
+}  // namespace cuda
+}  // namespace moe_dist

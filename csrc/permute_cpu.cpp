@@ -1,0 +1,212 @@
+// permute and unpermute on the CPU: the row map, the choice of instruction set and of stores, the threads.
+//
+// Threads share out tokens; what a token adds up to is one loop of one thread, so the number of threads changes no bit.
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "permute.h"
+#include "vec.h"
+
+#define MOE_DIST_ISA portable
+#define MOE_DIST_TARGET
+#include "permute_simd.h"
+#undef MOE_DIST_ISA
+#undef MOE_DIST_TARGET
+
+#ifdef MOE_DIST_X86
+#define MOE_DIST_ISA avx2
+#define MOE_DIST_TARGET __attribute__((target("avx2,fma")))
+#include "permute_simd.h"
+#undef MOE_DIST_ISA
+#undef MOE_DIST_TARGET
+
+#define MOE_DIST_ISA avx512
+#define MOE_DIST_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
+#include "permute_simd.h"
+#undef MOE_DIST_ISA
+#undef MOE_DIST_TARGET
+#endif
+
+namespace moe_dist {
+namespace cpu {
+namespace {
+
+enum class Isa { portable, avx2, avx512 };
+
+// MOE_DIST_ISA lowers the choice: the tests run every variant that way.
+Isa isa() {
+  static const Isa chosen = [] {
+    const char* wish = std::getenv("MOE_DIST_ISA");
+    Isa widest = Isa::portable;
+#ifdef MOE_DIST_X86
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) widest = Isa::avx2;
+    if (widest == Isa::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      widest = Isa::avx512;
+    }
+#endif
+    if (wish && !std::strcmp(wish, "portable")) return Isa::portable;
+    if (wish && !std::strcmp(wish, "avx2")) return std::min(widest, Isa::avx2);
+    return widest;
+  }();
+  return chosen;
+}
+
+// Outputs larger than this pass by the caches; smaller ones are likely to be read from there again.
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
+// Bytes that make a thread worth waking.
+constexpr int64_t kGrainBytes = int64_t{128} << 10;
+
+bool streams(Matrix out, int64_t rows, int64_t row_bytes) {
+  return isa() != Isa::portable && rows * row_bytes > kStreamBytes && out.stride % 64 == 0 && row_bytes % 64 == 0 &&
+         reinterpret_cast<uintptr_t>(out.data) % 64 == 0;
+}
+
+template <class F>
+void for_tokens(const Slots& slots, int64_t row_bytes, const F& body) {
+  const int64_t token_bytes = std::max<int64_t>(row_bytes * (slots.top_k + 1), 1);
+  torch::stable::parallel_for(0, slots.tokens, std::max<int64_t>(kGrainBytes / token_bytes, 1), body);
+}
+
+// Calls body with the kernels of the instruction set and whether they stream, both known at compile time.
+template <class F>
+void with_kernels(bool stream, const F& body) {
+  switch (isa()) {
+#ifdef MOE_DIST_X86
+    case Isa::avx512: return stream ? body(avx512::Kernels{}, std::true_type{}) : body(avx512::Kernels{}, std::false_type{});
+    case Isa::avx2: return stream ? body(avx2::Kernels{}, std::true_type{}) : body(avx2::Kernels{}, std::false_type{});
+#endif
+    default: return body(portable::Kernels{}, std::false_type{});
+  }
+}
+
+template <class F>
+void with_dtype(Dtype dtype, const F& body) {
+  return dtype == Dtype::f32 ? body(float{}) : body(bf16{});
+}
+
+template <class Id>
+void sort_slots(const Ids& ids, int64_t num_experts, const RowMap& out) {
+  const Id* data = static_cast<const Id*>(ids.data);
+  const int64_t slots = ids.tokens * ids.top_k;
+  // Each chunk of tokens counts its experts; a scan over (expert, chunk) turns the counts into the first row of each
+  // expert in each chunk; then each chunk hands out rows in order. Any cut into chunks gives the same, stable, sort.
+  const int64_t chunks = std::clamp<int64_t>(slots >> 13, 1, torch::stable::get_num_threads());
+  std::vector<int32_t> cursor(chunks * num_experts, 0);
+  std::vector<int64_t> worst(chunks, -1);
+  const auto first_token = [&](int64_t chunk) { return ids.tokens * chunk / chunks; };
+
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      int32_t* count = cursor.data() + chunk * num_experts;
+      for (int64_t t = first_token(chunk); t < first_token(chunk + 1); ++t) {
+        for (int64_t k = 0; k < ids.top_k; ++k) {
+          const int64_t id = data[t * ids.token_stride + k * ids.k_stride];
+          if (id < 0) continue;
+          if (id < num_experts) {
+            ++count[id];
+          } else {
+            worst[chunk] = std::max(worst[chunk], id);
+          }
+        }
+      }
+    }
+  });
+  out.status[1] = *std::max_element(worst.begin(), worst.end());
+  if (out.status[1] >= 0) return;
+
+  int32_t row = 0;
+  for (int64_t e = 0; e < num_experts; ++e) {
+    const int32_t first = row;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      int32_t& here = cursor[chunk * num_experts + e];
+      const int32_t count = here;
+      here = row;
+      row += count;
+    }
+    out.counts[e] = row - first;
+  }
+  out.status[0] = row;
+
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      int32_t* next = cursor.data() + chunk * num_experts;
+      for (int64_t t = first_token(chunk); t < first_token(chunk + 1); ++t) {
+        for (int64_t k = 0; k < ids.top_k; ++k) {
+          const int64_t id = data[t * ids.token_stride + k * ids.k_stride];
+          const int64_t slot = t * ids.top_k + k;
+          const int32_t at = id < 0 ? -1 : next[id]++;
+          out.row_of_slot[slot] = at;
+          if (at >= 0) out.slot_of_row[at] = static_cast<int32_t>(slot);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+const char* instruction_set() {
+  constexpr const char* names[] = {"portable", "avx2", "avx512"};
+  return names[static_cast<int>(isa())];
+}
+
+void row_map(const Ids& ids, int64_t num_experts, const RowMap& out) {
+  if (ids.wide) {
+    sort_slots<int64_t>(ids, num_experts, out);
+  } else {
+    sort_slots<int32_t>(ids, num_experts, out);
+  }
+}
+
+void permute(const Slots& slots, Matrix x, Matrix rows, int64_t row_bytes) {
+  with_kernels(streams(rows, slots.tokens * slots.top_k, row_bytes), [&](auto kernels, auto stream) {
+    for_tokens(slots, row_bytes, [&](int64_t begin, int64_t end) {
+      using Kernels = decltype(kernels);
+      Kernels::template permute_tokens<decltype(stream)::value>(slots, x, rows, row_bytes, begin, end);
+    });
+  });
+}
+
+void unpermute(const Slots& slots, Dtype dtype, int64_t hidden, Matrix rows, const float* probs, Matrix y) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t row_bytes = hidden * sizeof(T);
+    with_kernels(streams(y, slots.tokens, row_bytes), [&](auto kernels, auto stream) {
+      for_tokens(slots, row_bytes, [&](int64_t begin, int64_t end) {
+        using Kernels = decltype(kernels);
+        Kernels::template unpermute_tokens<decltype(stream)::value, T>(slots, hidden, rows, probs, y, begin, end);
+      });
+    });
+  });
+}
+
+void unpermute_backward(
+    const Slots& slots, Dtype dtype, int64_t hidden, Matrix dy, const float* probs, Matrix rows, Matrix drows,
+    float* dprobs) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t row_bytes = hidden * sizeof(T);
+    with_kernels(streams(drows, slots.tokens * slots.top_k, row_bytes), [&](auto kernels, auto stream) {
+      for_tokens(slots, row_bytes, [&](int64_t begin, int64_t end) {
+        using Kernels = decltype(kernels);
+        constexpr bool kStream = decltype(stream)::value;
+        if (dprobs) {
+          Kernels::template unpermute_backward_tokens<kStream, true, T>(
+              slots, hidden, dy, probs, rows, drows, dprobs, begin, end);
+        } else {
+          Kernels::template unpermute_backward_tokens<kStream, false, T>(
+              slots, hidden, dy, probs, rows, drows, dprobs, begin, end);
+        }
+      });
+    });
+  });
+}
+
+}  // namespace cpu
+}  // namespace moe_dist

@@ -1,0 +1,239 @@
+// Vec: a group of fp32 lanes that is read from and written to fp32 or bfloat16 memory, once for each instruction
+// set. One group of bfloat16 is one cache line with AVX-512, half of one with AVX2.
+#pragma once
+
+#include <cstring>
+
+#include "bf16.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define MOE_DIST_X86 1
+#include <immintrin.h>
+#endif
+
+namespace moe_dist {
+namespace portable {
+
+struct Vec {
+  static constexpr int64_t kLanes = 16;
+  float lane[kLanes];
+
+  static Vec zero() {
+    return Vec{};
+  }
+  template <class T>
+  static Vec load(const T* source) {
+    Vec out;
+    for (int i = 0; i < kLanes; ++i) out.lane[i] = to_float(source[i]);
+    return out;
+  }
+  template <class T>
+  void store(T* target) const {
+    for (int i = 0; i < kLanes; ++i) from_float(lane[i], target + i);
+  }
+  template <class T>
+  void stream(T* target) const {
+    store(target);
+  }
+  Vec scaled(float factor) const {
+    Vec out;
+    for (int i = 0; i < kLanes; ++i) out.lane[i] = lane[i] * factor;
+    return out;
+  }
+  void add_scaled(const Vec& other, float factor) {
+    for (int i = 0; i < kLanes; ++i) lane[i] += other.lane[i] * factor;
+  }
+  void add_product(const Vec& a, const Vec& b) {
+    for (int i = 0; i < kLanes; ++i) lane[i] += a.lane[i] * b.lane[i];
+  }
+  float sum() const {
+    float out = 0.0f;
+    for (int i = 0; i < kLanes; ++i) out += lane[i];
+    return out;
+  }
+};
+
+inline void prefetch_span(const void*, int64_t) {}
+inline void stream_fence() {}
+inline void stream_bytes(char* target, const char* source, int64_t bytes) {
+  memcpy(target, source, bytes);
+}
+
+}  // namespace portable
+
+#ifdef MOE_DIST_X86
+
+inline void prefetch_lines(const void* address, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(static_cast<const char*>(address) + i, _MM_HINT_T0);
+}
+
+namespace avx512 {
+#define MOE_DIST_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
+#define MOE_DIST_INLINE MOE_DIST_TARGET __attribute__((always_inline)) inline
+
+MOE_DIST_INLINE __m512 widen(__m256i bits) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+// The same rounding as from_float(float, bf16*). The instruction for it flushes denormals: not used.
+MOE_DIST_INLINE __m256i narrow(__m512 value) {
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i round = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+  const __m512i out = _mm512_srli_epi32(_mm512_add_epi32(bits, round), 16);
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(out, is_nan, _mm512_set1_epi32(0x7fc0)));
+}
+
+struct Vec {
+  static constexpr int64_t kLanes = 32;
+  __m512 a, b;
+
+  MOE_DIST_INLINE static Vec zero() {
+    return {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  }
+  MOE_DIST_INLINE static Vec load(const float* source) {
+    return {_mm512_loadu_ps(source), _mm512_loadu_ps(source + 16)};
+  }
+  MOE_DIST_INLINE static Vec load(const bf16* source) {
+    const __m512i bits = _mm512_loadu_si512(source);
+    return {widen(_mm512_castsi512_si256(bits)), widen(_mm512_extracti64x4_epi64(bits, 1))};
+  }
+  MOE_DIST_INLINE __m512i packed() const {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(narrow(a)), narrow(b), 1);
+  }
+  MOE_DIST_INLINE void store(float* target) const {
+    _mm512_storeu_ps(target, a);
+    _mm512_storeu_ps(target + 16, b);
+  }
+  MOE_DIST_INLINE void store(bf16* target) const {
+    _mm512_storeu_si512(target, packed());
+  }
+  MOE_DIST_INLINE void stream(float* target) const {
+    _mm512_stream_ps(target, a);
+    _mm512_stream_ps(target + 16, b);
+  }
+  MOE_DIST_INLINE void stream(bf16* target) const {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(target), packed());
+  }
+  MOE_DIST_INLINE Vec scaled(float factor) const {
+    const __m512 wide = _mm512_set1_ps(factor);
+    return {_mm512_mul_ps(a, wide), _mm512_mul_ps(b, wide)};
+  }
+  MOE_DIST_INLINE void add_scaled(const Vec& other, float factor) {
+    const __m512 wide = _mm512_set1_ps(factor);
+    a = _mm512_fmadd_ps(other.a, wide, a);
+    b = _mm512_fmadd_ps(other.b, wide, b);
+  }
+  MOE_DIST_INLINE void add_product(const Vec& x, const Vec& y) {
+    a = _mm512_fmadd_ps(x.a, y.a, a);
+    b = _mm512_fmadd_ps(x.b, y.b, b);
+  }
+  MOE_DIST_INLINE float sum() const {
+    return _mm512_reduce_add_ps(_mm512_add_ps(a, b));
+  }
+};
+
+MOE_DIST_INLINE void prefetch_span(const void* address, int64_t bytes) {
+  prefetch_lines(address, bytes);
+}
+MOE_DIST_INLINE void stream_fence() {
+  _mm_sfence();
+}
+MOE_DIST_INLINE void stream_bytes(char* target, const char* source, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(target + i), _mm512_loadu_si512(source + i));
+  }
+}
+
+#undef MOE_DIST_INLINE
+#undef MOE_DIST_TARGET
+}  // namespace avx512
+
+namespace avx2 {
+#define MOE_DIST_TARGET __attribute__((target("avx2,fma")))
+#define MOE_DIST_INLINE MOE_DIST_TARGET __attribute__((always_inline)) inline
+
+MOE_DIST_INLINE __m256 widen(__m128i bits) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+MOE_DIST_INLINE __m256i rounded(__m256 value) {  // bfloat16 bits in the low half of each 32-bit lane
+  const __m256i bits = _mm256_castps_si256(value);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i round = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+  const __m256i out = _mm256_srli_epi32(_mm256_add_epi32(bits, round), 16);
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+  return _mm256_blendv_epi8(out, _mm256_set1_epi32(0x7fc0), is_nan);
+}
+
+struct Vec {
+  static constexpr int64_t kLanes = 16;
+  __m256 a, b;
+
+  MOE_DIST_INLINE static Vec zero() {
+    return {_mm256_setzero_ps(), _mm256_setzero_ps()};
+  }
+  MOE_DIST_INLINE static Vec load(const float* source) {
+    return {_mm256_loadu_ps(source), _mm256_loadu_ps(source + 8)};
+  }
+  MOE_DIST_INLINE static Vec load(const bf16* source) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
+    return {widen(_mm256_castsi256_si128(bits)), widen(_mm256_extracti128_si256(bits, 1))};
+  }
+  MOE_DIST_INLINE __m256i packed() const {  // packus works within halves: put the quarters back in order
+    return _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded(a), rounded(b)), 0xd8);
+  }
+  MOE_DIST_INLINE void store(float* target) const {
+    _mm256_storeu_ps(target, a);
+    _mm256_storeu_ps(target + 8, b);
+  }
+  MOE_DIST_INLINE void store(bf16* target) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), packed());
+  }
+  MOE_DIST_INLINE void stream(float* target) const {
+    _mm256_stream_ps(target, a);
+    _mm256_stream_ps(target + 8, b);
+  }
+  MOE_DIST_INLINE void stream(bf16* target) const {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(target), packed());
+  }
+  MOE_DIST_INLINE Vec scaled(float factor) const {
+    const __m256 wide = _mm256_set1_ps(factor);
+    return {_mm256_mul_ps(a, wide), _mm256_mul_ps(b, wide)};
+  }
+  MOE_DIST_INLINE void add_scaled(const Vec& other, float factor) {
+    const __m256 wide = _mm256_set1_ps(factor);
+    a = _mm256_fmadd_ps(other.a, wide, a);
+    b = _mm256_fmadd_ps(other.b, wide, b);
+  }
+  MOE_DIST_INLINE void add_product(const Vec& x, const Vec& y) {
+    a = _mm256_fmadd_ps(x.a, y.a, a);
+    b = _mm256_fmadd_ps(x.b, y.b, b);
+  }
+  MOE_DIST_INLINE float sum() const {
+    const __m256 both = _mm256_add_ps(a, b);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+  }
+};
+
+MOE_DIST_INLINE void prefetch_span(const void* address, int64_t bytes) {
+  prefetch_lines(address, bytes);
+}
+MOE_DIST_INLINE void stream_fence() {
+  _mm_sfence();
+}
+MOE_DIST_INLINE void stream_bytes(char* target, const char* source, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 32) {
+    const __m256i value = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(target + i), value);
+  }
+}
+
+#undef MOE_DIST_INLINE
+#undef MOE_DIST_TARGET
+}  // namespace avx2
+#endif  // MOE_DIST_X86
+}  // namespace moe_dist
