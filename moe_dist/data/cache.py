@@ -88,7 +88,6 @@ def cached_rows(root: Path, source, encoder, *, seq_len: int, packing: bool, on_
         "seq_len": seq_len,
         "packing": packing,
         "pad_id": encoder.pad_id,
-        "on_bad": on_bad,
     }
     key = digest(identity)[:40]
     folder = root / key
@@ -99,7 +98,7 @@ def cached_rows(root: Path, source, encoder, *, seq_len: int, packing: bool, on_
                 if held:
                     remove_debris(folder)
                 if not (folder / "meta.json").is_file():
-                    _build(folder, source, encoder, identity)
+                    _build(folder, source, encoder, identity, on_bad)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 free = shutil.disk_usage(root).free
@@ -108,12 +107,20 @@ def cached_rows(root: Path, source, encoder, *, seq_len: int, packing: bool, on_
                     "choose another data.cache_dir"
                 ) from error
             raise UserError(f"{root}: the token cache cannot be written: {error}") from error
-    return PackedRows(folder)
+    rows = PackedRows(folder)
+    bad = rows.meta["book"]["bad"]
+    if on_bad == "fail" and bad:  # built by a run that was told to leave such records out
+        places = [place for kind in bad for place in rows.meta["book"]["places"][kind]]
+        raise UserError(
+            f"data source {source.name}: {sum(bad.values())} unusable records, the first at {', '.join(places[:3])}; "
+            "correct them, or leave them out with data.on_bad_record=skip"
+        )
+    return rows
 
 
-def _build(folder: Path, source, encoder, identity: dict) -> None:
+def _build(folder: Path, source, encoder, identity: dict, on_bad: str) -> None:
     with new_folder(folder, marker="meta.json") as temporary:
-        book = RecordLog(on_bad=identity["on_bad"])
+        book = RecordLog(on_bad=on_bad)
         meta = _write_arrays(temporary, source, encoder, book, identity["seq_len"], identity["packing"])
         meta |= {
             "name": source.name,

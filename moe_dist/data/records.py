@@ -86,14 +86,17 @@ def to_record(
 ) -> Record | None:
     """Check one parsed value and make a Record of it, or None if it was rejected (and policy is "skip").
 
-    kind: "text", "chat" or "auto" (a list is a conversation, a string a text). field_name: where the document
-    lies; `messages` or `text` when None.
+    kind: "text", "chat" or "auto". field_name: where the document lies; when None, `messages` for a conversation and
+    `text` for a text, and "auto" takes the first of the two that is there. Under a field name "auto" takes a list for
+    a conversation, a string for a text.
     """
     if not isinstance(value, dict):
         book.reject("wrong_type", origin, f"a record must be an object with fields, not {type(value).__name__}")
         return None
     if field_name is None:
-        field_name = {"text": "text", "chat": "messages"}.get(kind) or ("messages" if "messages" in value else "text")
+        if kind == "auto":
+            kind = "chat" if "messages" in value else "text"
+        field_name = "messages" if kind == "chat" else "text"
     if value.get(field_name) is None:
         present = ", ".join(list(value)[:8]) or "none"
         book.reject("missing_field", origin, f"no field '{field_name}' (fields here: {present})")

@@ -32,9 +32,7 @@ class StreamRows:
         self.packing = packing
         self.seed = seed
         self.book = RecordLog(on_bad=on_bad)
-        self.fingerprint = digest(
-            ["stream", BUFFER_ROWS, source.fingerprint(), encoder.identity, seq_len, packing, on_bad]
-        )
+        self.fingerprint = digest(["stream", BUFFER_ROWS, source.fingerprint(), encoder.identity, seq_len, packing])
         self._rows = self._read()
         self._next = 0
         self._last: tuple[int, dict] | None = None
