@@ -1,4 +1,4 @@
-"""The native build. Metadata is in pyproject.toml; how the library is built, and when it is not, in csrc/native_build.py."""
+"""The native build. Metadata is in pyproject.toml; how the library is built, or left out, in csrc/native_build.py."""
 
 import sys
 from pathlib import Path
