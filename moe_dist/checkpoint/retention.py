@@ -49,7 +49,7 @@ def prune(root: str | Path, *, keep: int, group: Group = SINGLE) -> list[str]:
 
 def _complete(root: Path) -> tuple[list[str], set[str]]:
     """(names of complete checkpoints, newest first; the pinned among them); none while a save is under way."""
-    if any(stale_of(path.name) for path in root.iterdir()):
+    if not root.is_dir() or any(stale_of(path.name) for path in root.iterdir()):
         return [], set()
     serials = {}
     for path in step_folders(root):
