@@ -1,0 +1,116 @@
+"""From the configuration to a model: first its plan, which needs no weights, then the model with this rank's share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from moe_dist.config.schema import RunConfig
+from moe_dist.data.offline_tokenizer import OFFLINE, offline_tokenizer
+from moe_dist.errors import UserError
+from moe_dist.models.initialising import init_model
+from moe_dist.models.loading import load_model, resolve_folder
+from moe_dist.models.recompute import enable_recompute
+from moe_dist.models.skeleton import build_skeleton, make_config, read_config
+from moe_dist.models.surgery import Seating, moe_layers, swap
+from moe_dist.moe.placement import balance
+from moe_dist.parallel.grid import Grid
+from moe_dist.train.trainable import Selection, freeze, select
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What will be built: `skeleton` is the model on the meta device with the experts layers of this rank.
+
+    folder: where the weights come from; None for a random initialisation. placement: as `load_model` takes it.
+    """
+
+    skeleton: nn.Module
+    selection: Selection
+    placement: Seating
+    folder: Path | None
+
+
+def plan_model(config: RunConfig, grid: Grid) -> ModelPlan:
+    """Resolve architecture, trainable set and placement. Reads a folder's config.json and no weights.
+
+    Raises UserError for everything that is wrong with `model`, `trainable` and `parallel.placement`.
+    """
+    if config.model.trust_remote_code:
+        raise UserError(
+            "model.trust_remote_code: models with code of their own are not supported; "
+            "use a model that transformers itself has"
+        )
+    folder = None if config.model.path is None else resolve_folder(config.model.path)
+    if folder is None:
+        architecture = make_config(dict(config.model.config), where="model.config")
+    else:
+        architecture = read_config(folder)
+    dtype = getattr(torch, config.model.dtype or "float32")
+    skeleton = build_skeleton(architecture, dtype)
+    layers = swap(skeleton, grid, device="meta")
+    routers = [layer.origin.router[0] for _, layer in layers if layer.origin.router is not None]
+    selection = select(config.trainable, skeleton, routers)
+    placement = _placement(config, layers, selection, grid)
+    # Again with the placement now known, so that the skeleton has the spans that the model will have.
+    skeleton = build_skeleton(architecture, dtype)
+    swap(skeleton, grid, trainable=selection.experts, placement=placement, device="meta")
+    return ModelPlan(skeleton, selection, placement, folder)
+
+
+def build_model(config: RunConfig, plan: ModelPlan, grid: Grid) -> nn.Module:
+    """The transformers model with this rank's experts, in training mode, frozen where the plan says so."""
+    where = {"trainable": plan.selection.experts, "placement": plan.placement}
+    if plan.folder is None:
+        dtype = config.model.dtype or "float32"
+        model = init_model(dict(config.model.config), grid, seed=config.model.seed, dtype=dtype, **where)
+    else:
+        model = load_model(plan.folder, grid, dtype=config.model.dtype, **where)
+    if config.model.attention is not None:
+        try:
+            model.set_attn_implementation(config.model.attention)
+        except (ValueError, ImportError) as error:
+            raise UserError(f"model.attention={config.model.attention}: {error}") from None
+    freeze(model, plan.selection)
+    for _, layer in moe_layers(model):
+        layer.capacity_factor = config.moe.capacity_factor
+    if config.train.recompute:
+        enable_recompute(model)
+    return model.train()
+
+
+def load_tokenizer(config: RunConfig, plan: ModelPlan):
+    """The run's tokenizer: `model.tokenizer`, or the one beside the model. No code of its folder is run."""
+    from transformers import AutoTokenizer
+
+    rows = plan.skeleton.get_input_embeddings().num_embeddings
+    if config.model.tokenizer == OFFLINE:
+        return offline_tokenizer(config.data.cache_dir, vocab_size=rows)
+    source = config.model.tokenizer or plan.folder
+    if source is None:
+        raise UserError(
+            "model.tokenizer is not set, and an inline model.config has no tokenizer beside it; "
+            f"name one, or take '{OFFLINE}'"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+    except Exception as error:  # the tokenizer classes raise many types
+        raise UserError(f"no tokenizer can be loaded from {source}: {error}") from None
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"the tokenizer {source} has {len(tokenizer)} tokens, but the model embeds {rows}: "
+            "they do not belong together"
+        )
+    return tokenizer
+
+
+def _placement(config: RunConfig, layers: list, selection: Selection, grid: Grid) -> Seating:
+    if config.parallel.placement == "contiguous":
+        return "contiguous"
+    return {
+        name: balance([1.0] * layer.spec.num_experts, ranks=grid.expert, trainable=selection.experts[name])
+        for name, layer in layers
+    }

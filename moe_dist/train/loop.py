@@ -1,0 +1,228 @@
+"""Training from a configuration, top to bottom: start, build, resume, step, save, evaluate."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from moe_dist import checkpoint
+from moe_dist.config.checks import accumulation, check_layout
+from moe_dist.config.schema import RunConfig
+from moe_dist.data.attention import check_packing, model_inputs
+from moe_dist.data.loader import build_data
+from moe_dist.errors import EXIT_OK, EXIT_PREEMPTED, PolicyStop, UserError
+from moe_dist.parallel.grid import Grid, build_grid
+from moe_dist.train import run_folder, state
+from moe_dist.train.build import build_model, load_tokenizer, plan_model
+from moe_dist.train.engine import build_engine
+from moe_dist.train.evaluate import held_out
+from moe_dist.train.losses import count_labels, label_loss_sum
+from moe_dist.train.metrics import MetricLog
+from moe_dist.train.proof import ChangeProof
+from moe_dist.train.routing import Routing
+from moe_dist.train.schedule import learning_rate
+from moe_dist.train.start import on_rank_zero, start_ranks
+from moe_dist.train.stop import StopFlag
+from moe_dist.train.table import render
+
+
+def train(config: RunConfig, *, resume: str = "auto", overwrite: bool = False) -> int:
+    """Run the training that `config` describes, or go on with it. Collective: every rank calls it.
+
+    Returns the exit code: 0, or 85 where a signal stopped the run after a save. Raises UserError for what is wrong
+    with the input, PolicyStop where `train.nan_policy` ends the run.
+    """
+    device = start_ranks()
+    settings, parallel = config.train, config.parallel
+    grid = build_grid(expert=parallel.expert, device=device)
+    check_layout(config, grid.world)
+
+    # Whatever can be wrong with the input is found before anything is written.
+    plan = plan_model(config, grid)
+    data = build_data(config.data, load_tokenizer(config, plan), seed=config.run.seed)
+    if data.train is None:
+        raise UserError("data.train is empty: give at least one training source")
+    root = on_rank_zero(lambda: run_folder.prepare(config, resume=resume, overwrite=overwrite, world=grid.world))
+    folder = Path(config.run.dir)
+
+    model = build_model(config, plan, grid)
+    if config.data.packing:
+        check_packing(model.config)
+    micro_batches = accumulation(config, grid.world)
+    engine = build_engine(
+        model,
+        grid,
+        zero_stage=parallel.zero_stage,
+        precision=settings.precision,
+        betas=tuple(settings.betas),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        clip_norm=settings.clip_norm,
+        accumulation_steps=micro_batches,
+        reduce_bucket_size=parallel.reduce_bucket_size,
+    )
+    routing = Routing(model, config.moe, grid)
+
+    step, tokens = 0, 0
+    found = None if root is None else state.find(root, state.group_of(grid))
+    if found is None and resume not in ("auto", "never"):
+        raise UserError(f"--resume {resume}: holds no complete checkpoint")
+    if found is not None:
+        with checkpoint.open_checkpoint(found) as opened:
+            state.restore(opened, engine, plan)
+            step, tokens = opened.step, int(opened.trainer_state["tokens"])
+            data.train.load_state_dict(opened.trainer_state["sampler"])
+
+    if grid.rank == 0:
+        run_folder.cut_metrics(folder / run_folder.METRICS, step)
+    log = MetricLog(config, active=grid.rank == 0, start_step=step, file=folder / run_folder.METRICS)
+    log.say(render(plan.skeleton, plan.selection, grid, zero_stage=parallel.zero_stage, precision=settings.precision))
+    for line in routing.announce():
+        log.say(line)
+    log.say(f"resuming {config.run.name} from {found}" if found else f"starting {config.run.name} in {folder}")
+
+    def forward(batch: dict) -> torch.Tensor:
+        routing.see(batch)
+        return engine.forward(**model_inputs(batch, model.config, dtype=model.dtype)).logits
+
+    def evaluate() -> None:
+        results = {}
+        for domain, rows in data.eval.items():
+            batches = rows.batches(
+                rank=grid.data_rank, ranks=grid.data, micro_batch=settings.micro_batch_size, limit=settings.eval_batches
+            )
+            results[domain] = held_out(forward, model, (to_device(batch, device) for batch in batches), grid)
+            log.say(f"step {step}  held-out {domain}  loss {results[domain]['loss']:.4f}")
+        if results:
+            log.write("eval", step, domains=results)
+
+    def save() -> None:
+        path = state.save(
+            config,
+            folder / run_folder.CHECKPOINTS,
+            step,
+            engine,
+            plan,
+            grid,
+            sampler=data.train.state_dict(),
+            tokens=tokens,
+        )
+        log.say(f"saved {path}")
+
+    last = min(settings.steps, settings.stop_at or settings.steps)
+    proof = ChangeProof(engine, grid) if step < last else None
+    skips_in_a_row, saved_at, code = 0, step, EXIT_OK
+    clock, timed_tokens = time.perf_counter(), 0
+    with StopFlag() as stop:
+        while step < last:
+            before = data.train.state_dict()
+            batches = data.train.next_batch(
+                micro_batches * settings.micro_batch_size * grid.data,
+                rank=grid.data_rank,
+                ranks=grid.data,
+                micro_batch=settings.micro_batch_size,
+            )
+            batches = [to_device(batch, device) for batch in batches]
+            labels, real_tokens, asked_to_stop = agree(batches, stop.requested, grid)
+            if asked_to_stop:
+                data.train.load_state_dict(before)  # these rows have not been trained on
+                code = EXIT_PREEMPTED
+                break
+            # Dropout, if any, is a function of seed, step and rank: a resumed run needs no stored random state.
+            torch.manual_seed((config.run.seed * 1_000_003 + step) * 65_537 + grid.rank)
+            routing.start_step()
+            loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+            for batch in batches:
+                with routing.listening():
+                    loss = label_loss_sum(forward(batch), batch["labels"])
+                loss_sum += loss.detach()
+                engine.backward(loss / max(labels, 1) + routing.loss_share(batch) / micro_batches)
+            lr = learning_rate(
+                settings.schedule,
+                step,
+                peak=settings.lr,
+                total=settings.steps,
+                warmup=settings.warmup_steps,
+                decay=settings.decay_steps,
+                min_ratio=settings.min_lr_ratio,
+            )
+            result = engine.step(lr)
+            routing.end_step(skipped=result.skipped)
+            step, tokens, timed_tokens = step + 1, tokens + real_tokens, timed_tokens + real_tokens
+            log.advance()
+
+            skips_in_a_row = skips_in_a_row + 1 if result.skipped else 0
+            if result.skipped:
+                log.say(f"step {step} skipped on all ranks: a loss or a gradient is not finite")
+                log.write("skipped", step, grad_norm=result.grad_norm)
+                if settings.nan_policy == "stop" or skips_in_a_row > settings.max_skips:
+                    raise PolicyStop(
+                        f"{skips_in_a_row} step(s) in a row up to step {step} had a loss or gradient that is not "
+                        "finite. Saved checkpoints are untouched. Look at the data of these steps, lower train.lr, "
+                        "or raise train.max_skips"
+                    )
+            if proof is not None and engine.steps - engine.skipped_steps == 2:
+                unreached = proof.check(engine)
+                log.say("proved: nothing frozen has changed, and everything that got a gradient has")
+                if unreached:
+                    log.say(f"{len(unreached)} tensors of rank 0 got no gradient yet: {', '.join(unreached[:6])}")
+                proof = None
+            if step % settings.log_every == 0 or step == last:
+                rate = timed_tokens / (time.perf_counter() - clock)
+                mean = global_mean(loss_sum, labels, grid)
+                log.write(
+                    "train",
+                    step,
+                    loss=mean,
+                    lr=lr,
+                    grad_norm=result.grad_norm,
+                    tokens=tokens,
+                    tokens_per_second=round(rate, 1),
+                    skipped=engine.skipped_steps,
+                    **routing.figures(),
+                )
+                log.say(
+                    f"step {step}/{settings.steps}  loss {mean:.4f}  lr {lr:.2e}  "
+                    f"norm {result.grad_norm:.3f}  {rate:,.0f} tokens/s"
+                )
+                clock, timed_tokens = time.perf_counter(), 0
+            if settings.eval_every and step % settings.eval_every == 0 and step < last:
+                evaluate()
+            if config.checkpoint.every and step % config.checkpoint.every == 0:
+                save()
+                saved_at = step
+        if step != saved_at and (code == EXIT_PREEMPTED or config.checkpoint.save_last):
+            save()
+    if code == EXIT_OK:
+        evaluate()
+    else:
+        log.say(f"stopped on request at step {step}; the same command goes on from here")
+    log.close()
+    engine.close()
+    return code
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def agree(batches: list[dict], stop: bool, grid: Grid) -> tuple[int, int, bool]:
+    """Label tokens and real tokens of the step over all ranks, and whether any rank was asked to stop. Collective."""
+    labels = sum(count_labels(batch["labels"]) for batch in batches)
+    real = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    total = torch.tensor([labels, real, int(stop)], device=grid.device)
+    if grid.world > 1:
+        dist.all_reduce(total)
+    labels, real, stops = total.tolist()
+    return labels, real, stops > 0
+
+
+def global_mean(loss_sum: torch.Tensor, labels: int, grid: Grid) -> float:
+    """The step's loss per label token over all ranks. Collective."""
+    total = loss_sum.clone()
+    if grid.world > 1:
+        dist.all_reduce(total)
+    return (total / max(labels, 1)).item()

@@ -1,0 +1,71 @@
+"""The proof of the trainable table: after two steps, what must not change has not, and what must change has.
+
+Frozen tensors are compared by hash, bit for bit. A trainable tensor (of an expert: that expert's part) must have
+changed if a gradient ever reached it; one that no gradient reached is listed: that is a fact about the data, not a
+fault.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from moe_dist.parallel.grid import Grid
+from moe_dist.train.engine import Engine
+
+
+class ChangeProof:
+    """Takes hashes when made; `check` after the second step compares. Both are collective."""
+
+    def __init__(self, engine: Engine, grid: Grid):
+        self.grid = grid
+        self.frozen = dict(self._frozen(engine))
+        self.masters = {_key(fragment): digest(fragment.tensor) for fragment in engine.fragments("weights")}
+
+    def check(self, engine: Engine) -> list[str]:
+        """Names (with expert ids) of this rank's trainable tensors that no gradient has reached.
+
+        Raises RuntimeError, naming the tensors, where a frozen one changed or a trained one did not.
+        """
+        changed = [name for name, value in self._frozen(engine) if value != self.frozen[name]]
+        stuck, untouched = [], []
+        moments = {_key(fragment): fragment.tensor for fragment in engine.fragments("exp_avg")}
+        for fragment in engine.fragments("weights"):
+            key = _key(fragment)
+            if not moments[key].any():
+                untouched.append(_label(fragment))
+            elif digest(fragment.tensor) == self.masters[key]:
+                stuck.append(_label(fragment))
+        if changed:
+            raise RuntimeError(f"frozen tensors have changed: {', '.join(changed)}")
+        if stuck:
+            raise RuntimeError(f"trainable tensors got a gradient and have not changed: {', '.join(stuck)}")
+        return untouched
+
+    def _frozen(self, engine: Engine):
+        """(name, hash) of the frozen tensors that fall to this rank; those that ranks hold alike are shared out."""
+        for number, (name, parameter) in enumerate(engine.module.named_parameters()):
+            if parameter.requires_grad:
+                continue
+            expert = getattr(parameter, "is_expert", False)
+            place, count = (
+                (self.grid.expert_data_rank, self.grid.expert_data) if expert else (self.grid.rank, self.grid.world)
+            )
+            with engine.gathered([parameter]):
+                if number % count == place:
+                    yield name, digest(parameter.detach())
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """sha256 of the tensor's bytes."""
+    flat = tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu()
+    return hashlib.sha256(flat.numpy()).hexdigest()
+
+
+def _key(fragment) -> tuple[str, int, int]:
+    return fragment.name, fragment.expert, fragment.offset
+
+
+def _label(fragment) -> str:
+    return fragment.name if fragment.expert < 0 else f"{fragment.name}[{fragment.expert}]"

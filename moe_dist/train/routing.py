@@ -1,0 +1,96 @@
+"""What the loop has to do with routing: padding masks, balance losses, expert bias, and figures for the metrics."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import nn
+
+from moe_dist.config.schema import MoeSection
+from moe_dist.models.routers import router_sites
+from moe_dist.models.surgery import moe_layers
+from moe_dist.moe.expert_bias import ExpertBias
+from moe_dist.moe.router_tap import RouterTap, double_balance_warning
+from moe_dist.moe.statistics import summarise
+from moe_dist.parallel.grid import Grid
+from moe_dist.train.trainable import layer_index
+
+
+class Routing:
+    """Make it after the engine (see `RouterTap`)."""
+
+    def __init__(self, model: nn.Module, settings: MoeSection, grid: Grid):
+        self.settings, self.grid = settings, grid
+        self.layers = moe_layers(model)
+        loss_on = settings.balance_loss != "none" and settings.balance_coef > 0
+        sites = router_sites(model) if loss_on or settings.z_loss_coef or settings.expert_bias_rate else []
+        self.tap = RouterTap(sites) if loss_on or settings.z_loss_coef else None
+        self.bias = ExpertBias(sites, rate=settings.expert_bias_rate, grid=grid) if settings.expert_bias_rate else None
+        self._warning = double_balance_warning(sites, settings.balance_loss, settings.balance_coef)
+
+    def announce(self) -> list[str]:
+        """Which routing losses are on, in words: a loss that is silently on or off has cost people whole runs."""
+        settings = self.settings
+        lines = [
+            f"balance loss {settings.balance_loss} with coefficient {settings.balance_coef:g}, "
+            f"z-loss coefficient {settings.z_loss_coef:g}"
+            if self.tap
+            else "no balance loss and no z-loss",
+            "dropless"
+            if settings.capacity_factor is None
+            else f"capacity factor {settings.capacity_factor:g}: slots beyond it are dropped and counted",
+        ]
+        if self.bias:
+            lines.append(f"expert bias moves by {settings.expert_bias_rate:g} a step")
+        return lines + ([f"warning: {self._warning}"] if self._warning else [])
+
+    def start_step(self) -> None:
+        for _, layer in self.layers:
+            layer.statistics.reset()
+        if self.tap:
+            self.tap.start_step()
+
+    def see(self, batch: dict) -> None:
+        """Tell the experts which tokens of the coming forward are padding."""
+        real_T = batch["attention_mask"].flatten().bool()
+        for _, layer in self.layers:
+            layer.token_mask_T = real_T
+
+    def listening(self) -> contextlib.AbstractContextManager:
+        """The context of a training forward whose `loss_share` is wanted."""
+        return self.tap or contextlib.nullcontext()
+
+    def loss_share(self, batch: dict) -> torch.Tensor | float:
+        """This rank's share of the routing losses of the last forward, coefficients applied (see `moe.balance`)."""
+        if self.tap is None:
+            return 0.0
+        return self.tap.loss_share(
+            self.settings.balance_loss,
+            coef=self.settings.balance_coef,
+            z_coef=self.settings.z_loss_coef,
+            mask_BL=batch["attention_mask"],
+            grid=self.grid,
+            position_ids_BL=batch["position_ids"],
+        ).share
+
+    def end_step(self, *, skipped: bool) -> None:
+        if self.bias:
+            if skipped:
+                self.bias.discard()
+            else:
+                self.bias.step()
+
+    def figures(self) -> dict:
+        """Load figures of the last step over all data ranks: the worst over layers, and each layer's. Collective."""
+        layers = {
+            str(layer_index(name)): summarise(layer.statistics.total(self.grid.data_group, self.grid.device))
+            for name, layer in self.layers
+        }
+        return {
+            "load_max": max(layer["load_max"] for layer in layers.values()),
+            "load_entropy": min(layer["load_entropy"] for layer in layers.values()),
+            "dead_experts": sum(layer["dead"] for layer in layers.values()),
+            "dropped": max(layer["dropped"] for layer in layers.values()),
+            "layers": layers,
+        }

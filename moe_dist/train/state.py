@@ -1,0 +1,135 @@
+"""What a checkpoint of a training run holds, and how it gets back: into an engine, or into a plain model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from moe_dist import checkpoint
+from moe_dist.checkpoint import NOT_EXPERT, SINGLE, Checkpoint, Fragment, FrozenBase, Group, Place, TensorInfo
+from moe_dist.config.save import to_dict
+from moe_dist.config.schema import RunConfig
+from moe_dist.models.surgery import moe_layers
+from moe_dist.parallel.grid import Grid
+from moe_dist.train.build import ModelPlan
+from moe_dist.train.engine import Engine
+from moe_dist.train.pieces import KINDS
+
+BUFFERS = "buffers"
+
+
+def group_of(grid: Grid) -> Group:
+    return SINGLE if grid.world == 1 else checkpoint.TorchGroup()
+
+
+def find(place: Path, group: Group) -> Path | None:
+    """The checkpoint that `place` means: itself, or the newest complete one in a folder of them. Collective.
+
+    A run folder stands for its checkpoints. None where there is no complete one.
+    """
+    if (place / "manifest.json").exists():
+        return place
+    if (place / "checkpoints").is_dir():
+        place = place / "checkpoints"
+    found = checkpoint.find_latest(place, group=group)
+    for note in found.notes:
+        if group.rank == 0:
+            print(f"warning: {note}", file=sys.stderr, flush=True)
+    return found.path
+
+
+def catalogue(plan: ModelPlan) -> dict[str, TensorInfo]:
+    """Every tensor that trains, with its whole shape and its experts' global ids, and every stored buffer."""
+    found: dict[str, TensorInfo] = {}
+    for name, layer in moe_layers(plan.skeleton):
+        ids = plan.selection.experts[name]
+        if ids:
+            for parameter, shape in layer.spec.shapes().items():
+                found[f"{name}.{parameter}"] = TensorInfo(shape, experts=tuple(ids), kinds=KINDS)
+    for name, parameter in plan.skeleton.named_parameters():
+        if name in plan.selection.names:
+            found[name] = TensorInfo(tuple(parameter.shape), kinds=KINDS)
+    for name, buffer in stored_buffers(plan.skeleton):
+        found[name] = TensorInfo(tuple(buffer.shape), kinds=(BUFFERS,))
+    return found
+
+
+def stored_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Buffers that belong to the model's state, such as DeepSeek-V3's expert bias."""
+    transient = {name for name, _ in model.named_non_persistent_buffers()}
+    for name, buffer in model.named_buffers():
+        if name not in transient:
+            yield name, buffer
+
+
+def save(
+    config: RunConfig, root: Path, step: int, engine: Engine, plan: ModelPlan, grid: Grid, *, sampler: dict, tokens: int
+) -> Path:
+    """Write `root/step-<step>`, each rank what it owns, and drop older ones beyond `checkpoint.keep`. Collective."""
+    fragments: dict[str, Sequence[Fragment]] = {kind: list(engine.fragments(kind)) for kind in KINDS}
+    # Every rank holds the same buffers; rank 0 writes them.
+    buffers = stored_buffers(engine.module) if grid.rank == 0 else ()
+    fragments[BUFFERS] = [Fragment(name, NOT_EXPERT, 0, buffer.reshape(-1)) for name, buffer in buffers]
+    state = {
+        "step": step,
+        "adam_step": engine.adam_step,
+        "sampler": sampler,
+        "tokens": tokens,
+        "config": to_dict(config),
+    }
+    group = group_of(grid)
+    path = checkpoint.save(
+        root, step, fragments, state, catalogue=catalogue(plan), frozen=_base(engine, plan, grid), group=group
+    )
+    checkpoint.prune(root, keep=config.checkpoint.keep, group=group)
+    return path
+
+
+def _base(engine: Engine, plan: ModelPlan, grid: Grid) -> FrozenBase | None:
+    """Where the frozen weights come from. Rank 0's word counts."""
+    if plan.folder is None or all(parameter.requires_grad for parameter in engine.module.parameters()):
+        return None
+    if not hasattr(engine, "base_fingerprint"):
+        engine.base_fingerprint = checkpoint.fingerprint(plan.folder)
+    return FrozenBase(str(plan.folder), engine.base_fingerprint)
+
+
+def restore(opened: Checkpoint, engine: Engine, plan: ModelPlan) -> None:
+    """Masters, moments and buffers from a checkpoint of any number of ranks, bit for bit. Collective."""
+    if plan.folder is not None:
+        opened.check_base(plan.folder)
+
+    def read(kind: str, places: list[Place]) -> Iterator[torch.Tensor]:
+        return (opened.read(kind, [place.range])[0] for place in places)
+
+    engine.load_fragments(read, adam_step=int(opened.trainer_state["adam_step"]))
+    _restore_buffers(opened, engine.module)
+
+
+@torch.no_grad()
+def load_weights(opened: Checkpoint, model: nn.Module) -> None:
+    """The checkpoint's weights over those of a whole model on one process, rounded to the model's dtype."""
+    layers = dict(moe_layers(model))
+    parameters = dict(model.named_parameters())
+    for name, info in opened.catalogue.items():
+        if BUFFERS in info.kinds:
+            continue
+        if info.experts is None:
+            parameters[name].copy_(opened.tensor("weights", name))
+            continue
+        path, _, wanted = name.rpartition(".")
+        for parameter_name, parameter, seat_ids in layers[path].expert_parameters():
+            for seat, expert in enumerate(seat_ids):
+                if parameter_name == wanted and expert in info.experts:
+                    parameter[seat].copy_(opened.tensor("weights", name, expert))
+    _restore_buffers(opened, model)
+
+
+@torch.no_grad()
+def _restore_buffers(opened: Checkpoint, model: nn.Module) -> None:
+    for name, buffer in stored_buffers(model):
+        buffer.copy_(opened.tensor(BUFFERS, name))
