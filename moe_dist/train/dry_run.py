@@ -1,0 +1,74 @@
+"""What a run would do, without doing it: layout, trainable table and memory, from the configuration alone."""
+
+from __future__ import annotations
+
+from moe_dist.config.checks import accumulation, is_local
+from moe_dist.config.schema import RunConfig
+from moe_dist.parallel.grid import Grid, layout
+from moe_dist.train.build import ModelPlan, plan_model
+from moe_dist.train.table import human_bytes, optimizer_bytes, render, rows
+
+
+def describe(config: RunConfig, world_size: int) -> str:
+    """The text of `--dry-run` for that many ranks. Needs no weights, data, network or GPU.
+
+    A model that is a hub name and not in the local cache is the one thing that cannot be looked at: the layout is
+    printed all the same, and the text says what is left open. Raises UserError for a configuration that cannot run.
+    """
+    grid = layout(world_size, expert=config.parallel.expert)
+    lines = [_layout(config, grid)]
+    if config.model.path is not None and not is_local(config.model.path):
+        lines.append(f"model {config.model.path} is on the hub: its layers and memory are known once it is downloaded")
+        return "\n\n".join(lines)
+    plan = plan_model(config, grid)
+    settings = {"zero_stage": config.parallel.zero_stage, "precision": config.train.precision}
+    lines.append(render(plan.skeleton, plan.selection, grid, **settings))
+    lines.append(_memory(config, plan, grid, **settings))
+    return "\n\n".join(lines)
+
+
+def _layout(config: RunConfig, grid: Grid) -> str:
+    train = config.train
+    micro_batches = accumulation(config, grid.world)
+    batch = micro_batches * train.micro_batch_size * grid.data
+    tokens = batch * config.data.seq_len
+    return "\n".join(
+        [
+            f"run      {config.run.name} in {config.run.dir}",
+            f"ranks    {grid.world} = expert-data {grid.expert_data} x expert {grid.expert}, "
+            f"ZeRO {config.parallel.zero_stage}, {train.precision}",
+            f"step     {batch} sequences of {config.data.seq_len} = at most {tokens:,} tokens: {grid.data} ranks x "
+            f"{micro_batches} micro-batches x {train.micro_batch_size}",
+            f"course   {train.steps} steps, {train.schedule}, peak lr {train.lr:g}, {train.warmup_steps} of warm-up, "
+            f"at most {train.steps * tokens:,} tokens",
+            f"data     {', '.join(source.name for source in config.data.train) or 'none'}; "
+            f"held out: {', '.join(source.name for source in config.data.eval) or 'none'}",
+        ]
+    )
+
+
+def _memory(config: RunConfig, plan: ModelPlan, grid: Grid, *, zero_stage: int, precision: str) -> str:
+    """Bytes of one rank that do not depend on the data: weights, gradients, optimizer, ZeRO's buffers.
+
+    Gradients are fp32 for what trains. From ZeRO 2 on they are shared by the ranks that hold the same weights, at
+    ZeRO 3 the weights are too.
+    """
+    table = rows(plan.skeleton, plan.selection).values()
+    size = 2 if precision == "bf16" else 4
+    share_weights = zero_stage == 3
+    share_gradients = zero_stage >= 2
+    dense, expert = sum(row.dense for row in table), sum(row.expert for row in table)
+    dense_trained, expert_trained = sum(row.dense_trained for row in table), sum(row.expert_trained for row in table)
+    weights = size * (
+        dense // (grid.data if share_weights else 1) + expert // (grid.expert_data if share_weights else 1)
+    )
+    gradients = 4 * (
+        dense_trained // (grid.data if share_gradients else 1)
+        + expert_trained // (grid.expert_data if share_gradients else 1)
+    )
+    optimizer = sum(optimizer_bytes(row, grid, zero_stage=zero_stage, precision=precision) for row in table)
+    trained = dense_trained + expert_trained
+    buffers = 4 * min(config.parallel.reduce_bucket_size, trained) if zero_stage else 0
+    parts = {"weights": weights, "gradients": gradients, "optimizer": optimizer, "reduction buffer": buffers}
+    listed = ", ".join(f"{name} {human_bytes(value)}" for name, value in parts.items())
+    return f"memory   {human_bytes(sum(parts.values()))} a rank before activations: {listed}"

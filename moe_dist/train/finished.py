@@ -1,0 +1,103 @@
+"""A run's model outside of training: with the weights of one of its checkpoints, for evaluation and export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from moe_dist import checkpoint
+from moe_dist.config.load import load
+from moe_dist.config.schema import RunConfig
+from moe_dist.data.attention import check_packing, model_inputs
+from moe_dist.data.loader import build_data
+from moe_dist.errors import UserError
+from moe_dist.models.export import export_model
+from moe_dist.parallel.grid import Grid, build_grid
+from moe_dist.train import run_folder, state
+from moe_dist.train.build import ModelPlan, build_model, load_tokenizer, plan_model
+from moe_dist.train.evaluate import held_out
+from moe_dist.train.loop import to_device
+from moe_dist.train.routing import Routing
+from moe_dist.train.start import start_ranks
+
+
+def export_run(source: str | Path, out: str | Path) -> tuple[Path, int]:
+    """Write the model of a run (its newest checkpoint) or of one checkpoint as a Hugging Face folder. One process.
+
+    Weights have the dtype in which the run's model is stored; the fp32 masters are rounded to it once. Returns the
+    folder and the checkpoint's step. Raises UserError where there is no run or no complete checkpoint.
+    """
+    source, grid = Path(source), Grid.single()
+    folder = _run_of(source)
+    config = load(folder / run_folder.CONFIG, paths=False)
+    with checkpoint.open_checkpoint(_checkpoint(source, grid), verify="full") as opened:
+        plan = plan_model(config, grid)
+        model = build_model(config, plan, grid)
+        if plan.folder is not None:
+            opened.check_base(plan.folder)
+        state.load_weights(opened, model)
+        step = opened.step
+    return export_model(model, out, tokenizer=load_tokenizer(config, plan)), step
+
+
+def evaluate_run(config: RunConfig, *, weights: str | None = None) -> tuple[int | None, dict[str, dict[str, float]]]:
+    """Held-out loss and perplexity by domain of `data.eval`. Collective: every rank of the launcher calls it.
+
+    weights: a run or checkpoint folder; None takes the newest checkpoint of `run.dir` if there is one, else the model
+    as configured. Returns the step of the weights (None: the configured model) and the figures of each domain.
+    """
+    device = start_ranks()
+    grid = build_grid(expert=config.parallel.expert, device=device)
+    plan = plan_model(config, grid)
+    data = build_data(config.data, load_tokenizer(config, plan), seed=config.run.seed)
+    if not data.eval:
+        raise UserError("data.eval is empty: name at least one held-out domain, or set data.eval_fraction")
+    model = build_model(config, plan, grid).eval()
+    if config.data.packing:
+        check_packing(model.config)
+    step = _lay_over(model, plan, Path(weights or config.run.dir), grid, required=weights is not None)
+    routing = Routing(model, config.moe, grid)
+
+    def forward(batch: dict):
+        routing.see(batch)
+        return model(**model_inputs(batch, model.config, dtype=model.dtype)).logits
+
+    results = {}
+    for domain, rows in data.eval.items():
+        batches = rows.batches(
+            rank=grid.data_rank,
+            ranks=grid.data,
+            micro_batch=config.train.micro_batch_size,
+            limit=config.train.eval_batches,
+        )
+        results[domain] = held_out(forward, model, (to_device(batch, device) for batch in batches), grid)
+    return step, results
+
+
+def _lay_over(model: nn.Module, plan: ModelPlan, place: Path, grid: Grid, *, required: bool) -> int | None:
+    found = state.find(place, state.group_of(grid)) if place.is_dir() else None
+    if found is None:
+        if required:
+            raise UserError(f"{place} holds no complete checkpoint")
+        return None
+    with checkpoint.open_checkpoint(found) as opened:
+        if plan.folder is not None:
+            opened.check_base(plan.folder)
+        state.load_weights(opened, model)
+        return opened.step
+
+
+def _run_of(source: Path) -> Path:
+    """The run folder that a path lies in: itself, its checkpoints folder, or a checkpoint of it."""
+    for folder in (source, *source.absolute().parents[:2]):
+        if (folder / run_folder.CONFIG).is_file():
+            return folder
+    raise UserError(f"{source} is neither a run folder nor a checkpoint in one: there is no {run_folder.CONFIG}")
+
+
+def _checkpoint(source: Path, grid: Grid) -> Path:
+    found = state.find(source, state.group_of(grid))
+    if found is None:
+        raise UserError(f"{source} holds no complete checkpoint; train with checkpoint.save_last=true first")
+    return found
