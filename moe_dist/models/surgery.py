@@ -59,8 +59,7 @@ def swap(
             post_norm=description.post_norm,
         )
         layer.origin = description
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+        model.set_submodule(name, layer)
     return moe_layers(model)
 
 
