@@ -10,6 +10,7 @@ A module's code and docstrings are held out together, so that no held-out text w
 import ast
 import hashlib
 import json
+import os
 import platform
 import shutil
 import sysconfig
@@ -79,13 +80,18 @@ def prepare_quickstart(folder: str | Path, *, megabytes: float = 4.0, vocab_size
 
 def corpus_file(root: Path, name: str, split: str, *, megabytes: float = 4.0) -> Path:
     """The JSONL file of one offline corpus ("train" or "eval" split), written under `root` if it is not there."""
+    check_corpus(name, split)
+    manifest = prepare_quickstart(Path(root) / "corpora", megabytes=megabytes, vocab_size=None)
+    return Path(root) / "corpora" / manifest["domains"][name][split]["file"]
+
+
+def check_corpus(name: str, split: str) -> None:
+    """UserError unless there is such an offline corpus and split."""
     if name not in DOMAINS or split not in ("train", "eval"):
         raise UserError(
             f"unknown offline corpus '{name}' or split '{split}'; corpora are {', '.join(DOMAINS)}, "
             "splits are train and eval"
         )
-    manifest = prepare_quickstart(Path(root) / "corpora", megabytes=megabytes, vocab_size=None)
-    return Path(root) / "corpora" / manifest["domains"][name][split]["file"]
 
 
 def _manifest(folder: Path) -> dict | None:
@@ -202,8 +208,10 @@ def _topics() -> Iterator[tuple[str, str]]:
 def _modules() -> Iterator[tuple[str, str]]:
     """(path below the standard library, source) of its modules, in an order that mixes packages."""
     library = Path(sysconfig.get_path("stdlib"))
-    names = [path.relative_to(library) for path in library.rglob("*.py")]
-    names = [name.as_posix() for name in names if not _LEFT_OUT.intersection(name.parts)]
+    names = []
+    for folder, below, files in os.walk(library):
+        below[:] = [name for name in below if name not in _LEFT_OUT]  # site-packages may hold anything
+        names += [Path(folder, file).relative_to(library).as_posix() for file in files if file.endswith(".py")]
     for name in sorted(names, key=_place):
         try:
             yield name, (library / name).read_text("utf-8")

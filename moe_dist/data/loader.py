@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_dist.data.cache import PackedRows, cached_rows
-from moe_dist.data.corpora import corpus_file
+from moe_dist.data.corpora import check_corpus, corpus_file
 from moe_dist.data.encode import Encoder
 from moe_dist.data.fingerprint import digest
 from moe_dist.data.packing import assemble, collate
@@ -27,6 +27,8 @@ from moe_dist.errors import UserError
 log = logging.getLogger(__name__)
 
 CACHE_DIR = "~/.cache/moe_dist"
+# Text of all offline corpora together, where sources name them.
+CORPUS_MEGABYTES = 4.0
 
 
 class TrainData:
@@ -140,8 +142,7 @@ def build_data(data, tokenizer, *, seed: int = 0) -> Data:
 def check_data(data) -> None:
     """What can be checked of a config's `data` section without reading text or network; UserError if it is wrong."""
     for source in [*data.train, *data.eval]:
-        if not source.corpus:
-            _open(source, Path("unused"))
+        _open(source, None)
     _unique([_name(source) for source in data.train], "data.train")
     _unique([_name(source) for source in data.eval], "data.eval")
 
@@ -157,8 +158,8 @@ def _sides(data, cache: Path) -> tuple[list[TextSource], list[TextSource]]:
     return train, held_out
 
 
-def _open(source, cache: Path) -> TextSource:
-    """The TextSource of one source of the config."""
+def _open(source, cache: Path | None) -> TextSource | None:
+    """The TextSource of one source of the config; without a cache it is checked only, and nothing is written."""
     given = [key for key in ("path", "hub", "corpus") if getattr(source, key)]
     if len(given) != 1:
         raise UserError(f"a data source needs exactly one of path, hub and corpus, got {given or 'none'}")
@@ -172,7 +173,10 @@ def _open(source, cache: Path) -> TextSource:
     if source.hub:
         return hub_source(source.hub, subset=source.subset, revision=source.revision, split=source.split, **options)
     if source.corpus:
-        return local_source(corpus_file(cache, source.corpus, source.split), **options)
+        check_corpus(source.corpus, source.split)
+        if cache is None:
+            return None
+        return local_source(corpus_file(cache, source.corpus, source.split, megabytes=CORPUS_MEGABYTES), **options)
     return local_source(source.path, split=source.split, **options)
 
 
