@@ -26,6 +26,35 @@ def coverage_problems(catalogue: Mapping[str, TensorInfo], stored: Iterable[Stor
     return problems
 
 
+def catalogue_differences(held: Mapping[str, TensorInfo], wanted: Mapping[str, TensorInfo]) -> list[str]:
+    """Why a checkpoint that holds `held` is not one of a run that trains `wanted`; both ways, tensor by tensor."""
+    lines = []
+    for name in sorted(held.keys() | wanted.keys()):
+        if name not in held:
+            lines.append(f"{name}: not in the checkpoint")
+        elif name not in wanted:
+            lines.append(f"{name}: in the checkpoint, not in this run")
+        else:
+            lines += [f"{name}: {line}" for line in _differences(held[name], wanted[name])]
+    return lines
+
+
+def _differences(held: TensorInfo, wanted: TensorInfo) -> list[str]:
+    lines = []
+    if held.shape != wanted.shape:
+        lines.append(f"shape {held.shape} in the checkpoint, {wanted.shape} in this run")
+    there, here = set(held.expert_ids), set(wanted.expert_ids)
+    if (held.experts is None) != (wanted.experts is None):
+        lines.append("experts' in one, not in the other")
+    elif here != there:
+        lines += [f"experts {sorted(here - there)} not in the checkpoint"] if here - there else []
+        lines += [f"experts {sorted(there - here)} in the checkpoint, not in this run"] if there - here else []
+    missing = [kind for kind in wanted.kinds if kind not in held.kinds]
+    if missing:
+        lines.append(f"no {', '.join(missing)} in the checkpoint")
+    return lines
+
+
 def _tiling(kind: str, whole: Range, pieces: list[Stored]) -> list[str]:
     problems, reached, previous = [], 0, None
     for piece in sorted(pieces, key=lambda piece: (piece.range.offset, piece.range.length)):

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moe_dist.checkpoint.coverage import catalogue_differences
 from moe_dist.checkpoint.errors import CheckpointError
 from moe_dist.checkpoint.fingerprint import fingerprint
 from moe_dist.checkpoint.format import (
     TENSORS,
     TRAINER_STATE,
     Manifest,
+    TensorInfo,
     check_sizes,
     decode,
     decode_tensors,
@@ -26,6 +28,7 @@ from moe_dist.checkpoint.index import Stored, read_index
 from moe_dist.checkpoint.tensorfile import DTYPES, TensorFile
 from moe_dist.checkpoint.verify import verify as verify_all
 
+_DIFFERENCES_SHOWN = 8
 _TORCH_DTYPES = {text: dtype for dtype, text in DTYPES.items()}
 
 
@@ -90,6 +93,18 @@ class Checkpoint:
         if info.numel == 0:
             return torch.empty(info.shape)
         return self.read(kind, [Range(name, expert, 0, info.numel)])[0].view(info.shape)
+
+    def check_matches(self, catalogue: Mapping[str, TensorInfo]) -> None:
+        """CheckpointError unless the checkpoint holds just the tensors and experts of a run that trains `catalogue`.
+
+        The number of ranks, their experts and ZeRO's cuts play no part. Cheap: ask before anything is loaded. Kinds
+        that the run does not want may be there.
+        """
+        differences = catalogue_differences(self.catalogue, catalogue)
+        if differences:
+            more = len(differences) - _DIFFERENCES_SHOWN
+            shown = "; ".join(differences[:_DIFFERENCES_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+            raise CheckpointError(f"{self.path}: not a checkpoint of this run: {shown}")
 
     def check_base(self, folder: str | Path) -> None:
         """CheckpointError unless `folder` holds the very frozen weights that this checkpoint was trained with."""

@@ -33,18 +33,21 @@ class Entry:
     problem: str | None
 
 
-def find_latest(root: str | Path, *, verify: str = "full", group: Group = SINGLE) -> Found:
-    """Collective: the newest complete checkpoint under `root`, and clear what saves that were cut off left there.
+def find_latest(root: str | Path, *, verify: str = "full", clear: bool = False, group: Group = SINGLE) -> Found:
+    """Collective: the newest complete checkpoint under `root`.
 
     Newest is the one saved last, which after going back to an older step need not have the highest number. `latest`
     normally names it; where it does not (missing, empty, naming nothing, or a kill between the rename and its move),
     the folders are looked through and a note says so. verify: "full" reads every byte, shared out over the ranks, and
-    passes over a damaged checkpoint; "sizes" looks at files' sizes only. All ranks get the same answer.
+    passes over a damaged checkpoint; "sizes" looks at files' sizes only. clear: remove what saves that were cut off
+    left; for the run that owns the folder only, since its save may be under way. All ranks get the same answer.
     """
     assert verify in ("sizes", "full"), verify
     root = Path(root)
     looked = all_or_none(
-        group, lambda: _look(root) if group.rank == 0 else None, what=f"{root} could not be searched for checkpoints"
+        group,
+        lambda: _look(root, clear) if group.rank == 0 else None,
+        what=f"{root} could not be searched for checkpoints",
     )
     candidates, notes = looked[0]
     for name in candidates:
@@ -55,11 +58,11 @@ def find_latest(root: str | Path, *, verify: str = "full", group: Group = SINGLE
     return Found(None, tuple(notes))
 
 
-def _look(root: Path) -> tuple[list[str], list[str]]:
+def _look(root: Path, clear: bool) -> tuple[list[str], list[str]]:
     """(names of complete folders, newest first; notes)."""
     if not root.is_dir():
         return [], []
-    notes = clear_stale(root)
+    notes = clear_stale(root) if clear else []
     serials: dict[str, int] = {}
     for path in step_folders(root):
         try:

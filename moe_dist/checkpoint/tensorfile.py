@@ -33,6 +33,7 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 CHUNK_BYTES = 16 << 20
+_HAND_OVER_BYTES = 1 << 20
 # Readers of the format refuse a longer header, so a file that had one could be written and never read.
 _MAX_HEADER_BYTES = 100_000_000
 
@@ -79,11 +80,13 @@ def write_stream(path: Path, chunks: Iterator[memoryview | bytes]) -> FileRecord
     # Unbuffered, so that a full disk shows in `write` and not a second time in `close`.
     with open(path, "xb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
         for chunk in chunks:
-            hashed = hasher.submit(digest.update, chunk)
+            # Hashing runs beside writing, unless handing a small chunk over would take longer than hashing it.
+            hashed = hasher.submit(digest.update, chunk) if len(chunk) >= _HAND_OVER_BYTES else digest.update(chunk)
             rest = memoryview(chunk)
             while rest:
                 rest = rest[file.write(rest) :]
-            hashed.result()
+            if hashed is not None:
+                hashed.result()
             size += len(chunk)
         os.fsync(file.fileno())
     return FileRecord(size, digest.hexdigest())
@@ -94,11 +97,16 @@ def write_layout(path: Path, layout: Layout) -> FileRecord:
 
 
 def _chunks(layout: Layout) -> Iterator[memoryview | bytes]:
+    """The file's bytes. A chunk is valid until the next one is asked for: one staging buffer serves them all."""
     yield layout.header
+    staging = torch.empty(CHUNK_BYTES, dtype=torch.uint8)  # no memory until it is written to
     for tensor in layout.tensors:
         step = CHUNK_BYTES // tensor.element_size()
         for start in range(0, tensor.numel(), step):
-            piece = tensor.detach()[start : start + step].cpu().contiguous()
+            piece = tensor.detach()[start : start + step]
+            if piece.device.type != "cpu" or not piece.is_contiguous():
+                staged = staging[: piece.numel() * piece.element_size()].view(piece.dtype)
+                piece = staged.copy_(piece)
             yield memoryview(piece.view(torch.uint8).numpy())
 
 

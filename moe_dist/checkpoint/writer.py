@@ -76,6 +76,7 @@ def save(
     A folder of the same step is replaced. Raises CheckpointError (NoSpaceError: disk full) on every rank alike, with
     nothing of this step left behind and older checkpoints untouched.
     """
+    assert step >= 0, step
     task = _Save(
         Path(root), step, fragments, trainer_state, catalogue, frozen, rank_state or {}, group, visible_within_s
     )

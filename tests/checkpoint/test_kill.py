@@ -114,7 +114,7 @@ def test_kill(tmp_path, fork, where, death, victim):
     assert codes[1 - victim] not in (None, 0), "the survivor must neither hang nor believe that all is well"
 
     newest = 2 if death.again else death.newest
-    found = find_latest(root)
+    found = find_latest(root, clear=True)
     assert found.path == root / f"step-{newest}", found
     assert verify(found.path).ok
     assert_holds(found.path, newest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -233,6 +234,17 @@ def test_full_verification_at_opening_finds_what_sizes_cannot(path):
     open_checkpoint(path).close()
     with pytest.raises(CheckpointError, match=r"rank-00003\.safetensors: its content"):
         open_checkpoint(path, verify="full")
+
+
+def test_a_run_that_trains_other_experts_is_refused_before_it_loads(path):
+    with open_checkpoint(path) as checkpoint:
+        checkpoint.check_matches(catalogue())
+        other = {name: replace(info, experts=info.experts and (0, 4)) for name, info in catalogue().items()}
+        with pytest.raises(CheckpointError, match=r"down_proj: experts \[4\] not in the checkpoint; .*\[2, 3, 7, 9\]"):
+            checkpoint.check_matches(other)
+        many = {f"w{number}": TensorInfo((1,)) for number in range(20)} | catalogue()
+        with pytest.raises(CheckpointError, match=r"w0: not in the checkpoint; .*; and 12 more"):
+            checkpoint.check_matches(many)
 
 
 def test_the_base_model_is_checked_by_its_tensors(tmp_path):

@@ -109,29 +109,35 @@ def test_leftovers_of_a_save_are_cleared_and_reported(root):
     (root / "step-30.tmp-0123abcd").mkdir()
     (root / "step-30.tmp-0123abcd" / "rank-00000.safetensors").write_bytes(b"half")
     (root / "latest.tmp-0123abcd").write_text("step-")
-    found = find_latest(root)
+    found = find_latest(root, clear=True)
     assert found.path == root / "step-20"
     assert found.notes == ("step-30.tmp-0123abcd was removed: a save that was cut off left it",)
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step-10", "step-20"]
 
 
+def test_a_reader_leaves_the_save_of_a_running_job_alone(root):
+    (root / "step-30.tmp-0123abcd").mkdir()
+    assert find_latest(root).path == root / "step-20"
+    assert (root / "step-30.tmp-0123abcd").is_dir()
+
+
 def test_what_is_not_ours_is_not_touched(root):
     for name in ("notes.tmp-1", "step-30.tmp-xyz", "step-x.tmp-00"):
         (root / name).mkdir()
-    find_latest(root)
+    find_latest(root, clear=True)
     assert {"notes.tmp-1", "step-30.tmp-xyz", "step-x.tmp-00"} <= {path.name for path in root.iterdir()}
 
 
 def test_a_step_that_had_stepped_aside_comes_back(root):
     (root / "step-20").rename(root / "step-20.old-0123abcd")
-    found = find_latest(root)
+    found = find_latest(root, clear=True)
     assert found.path == root / "step-20"
     assert found.notes == ("step-20 was put back: the save that was to replace it was cut off",)
 
 
 def test_a_step_that_was_replaced_is_removed(root):
     (root / "step-10").rename(root / "step-20.old-0123abcd")
-    assert find_latest(root).path == root / "step-20"
+    assert find_latest(root, clear=True).path == root / "step-20"
     assert not (root / "step-20.old-0123abcd").exists()
 
 
