@@ -31,6 +31,7 @@ class Stage:
     overrides: list[str] = key([], "key=value overrides of that config.")
     args: list[str] = key([], "Further arguments.")
     launch: str = key("none", "Who starts the ranks.", choices=("none", "deepspeed", "torchrun"))
+    env: dict[str, str] = key({}, "Environment variables of the stage.")
     ranks: int = key(1, "Ranks that the launcher starts on this machine.", low=1)
 
 
@@ -81,11 +82,13 @@ def load_recipe(path: str | os.PathLike) -> Recipe:
 def _stage(index: int, item: dict, origin: str) -> Stage:
     lists = {"overrides", "args"}
     for name, value in item.items():
-        wanted = list if name in lists else int if name == "ranks" else str
+        wanted = list if name in lists else {"ranks": int, "env": dict}.get(name, str)
         if not isinstance(value, wanted):
-            kind = {list: "a list", int: "a whole number", str: "text"}[wanted]
+            kind = {list: "a list", dict: "a mapping", int: "a whole number", str: "text"}[wanted]
             raise UserError(f"{origin}: stages.{index}.{name}={value!r}: has to be {kind}")
-    return Stage(**{name: [str(part) for part in value] if name in lists else value for name, value in item.items()})
+    stage = Stage(**{name: [str(part) for part in value] if name in lists else value for name, value in item.items()})
+    stage.env = {name: str(value) for name, value in stage.env.items()}
+    return stage
 
 
 def stage_hashes(recipe: Recipe) -> list[str]:

@@ -47,7 +47,9 @@ class ModelSection:
         "Attention implementation of transformers (eager, sdpa, ...); its default when absent.",
         free=True,
     )
-    tokenizer: str | None = key(None, "Folder or hub name of the tokenizer; beside the model when absent.")
+    tokenizer: str | None = key(
+        None, "Folder or hub name of the tokenizer, or offline (a small one of our own); beside the model when absent."
+    )
     trust_remote_code: bool = key(False, "Run code from the model's repository; needs model.revision.")
     revision: str | None = key(None, "Commit of the hub repository; required with trust_remote_code.")
 

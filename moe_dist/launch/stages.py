@@ -87,7 +87,7 @@ def run_recipe(recipe: Recipe, *, resume: str, overwrite: bool, report: Callable
 def _run(words: list[str], exit_file: Path, stage: Stage) -> int:
     """Run one stage with its output passed through; SIGTERM to us reaches it."""
     exit_file.unlink(missing_ok=True)
-    process = subprocess.Popen(words, env={**os.environ, EXIT_FILE: str(exit_file.absolute())})
+    process = subprocess.Popen(words, env={**os.environ, **stage.env, EXIT_FILE: str(exit_file.absolute())})
     previous = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
     try:
         while True:

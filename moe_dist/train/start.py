@@ -20,15 +20,15 @@ TIMEOUT = timedelta(hours=2)
 def start_ranks() -> torch.device:
     """Derive the rank environment, choose this rank's device, and form the process group if there are several ranks.
 
-    A GPU where there is one, each rank its own; the CPU otherwise.
+    A GPU where there is one, each rank its own; the CPU otherwise, and where MOE_DIST_DEVICE=cpu asks for it.
     """
     place = apply()
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and os.environ.get("MOE_DIST_DEVICE") != "cpu":
         if place.local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"local rank {place.local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; "
-                "start at most one rank for each GPU"
+                "start at most one rank for each GPU, or set MOE_DIST_DEVICE=cpu"
             )
         device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)

@@ -99,3 +99,11 @@ def test_commands_of_the_launchers():
     assert words[1:3] == ["-m", "torch.distributed.run"]
     assert words[-7:] == ["-m", "moe_dist", *tail]
     assert command(Stage(script="s.py", args=["x"]))[1:] == ["s.py", "x"]
+
+
+def test_a_stage_has_its_own_environment(tmp_path, monkeypatch):
+    monkeypatch.delenv("GREETING", raising=False)
+    script = tmp_path / "e.py"
+    script.write_text("import os, sys\nsys.exit(os.environ['GREETING'] != 'hello')\n")
+    stage = Stage(name="e", script=str(script), env={"GREETING": "hello"})
+    assert go(Recipe(str(tmp_path / "run"), [stage]))[0] == EXIT_OK
