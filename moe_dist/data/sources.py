@@ -13,6 +13,8 @@ from moe_dist.errors import UserError
 
 # Bumped when the same bytes would give other records: caches and fingerprints of before then no longer match.
 READER_VERSION = 1
+# Duplicates are looked for among this many ids (they are kept in memory).
+IDS_KEPT = 5_000_000
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ class TextSource:
             key = hash((type(identifier), identifier))
             if key in seen:
                 book.note("duplicate_id", origin)
-            seen.add(key)
+            elif len(seen) < IDS_KEPT:
+                seen.add(key)
 
 
 def local_source(path: str | Path, *, name: str | None = None, split: str = "train", **options) -> TextSource:

@@ -145,7 +145,7 @@ def makes_masks_without_positions(source: str) -> bool:
     return False
 
 
-def test_list_of_families_with_own_masks_is_that_of_the_installed_transformers():
+def test_no_installed_family_makes_masks_of_its_own_unknown_to_us():
     models = Path(importlib.util.find_spec("transformers").origin).parent / "models"
     found = set()
     for path in models.glob("*/modeling_*.py"):
@@ -153,7 +153,8 @@ def test_list_of_families_with_own_masks_is_that_of_the_installed_transformers()
         if "use_experts_implementation" in source and makes_masks_without_positions(source):
             found.add(path.parent.name)
     # the mask of deepseek_ocr2 is that of its image encoder
-    assert found - {"deepseek_ocr2"} == set(OWN_MASKS)
+    assert "gpt_oss" in found
+    assert found - {"deepseek_ocr2"} <= set(OWN_MASKS)
 
 
 def test_models_that_would_mix_documents_are_refused():
