@@ -1,0 +1,1 @@
+"""The parity matrix: distributed training of real models against one plain transformers process."""

@@ -1,0 +1,87 @@
+"""The cells of the matrix, and a choice of them in which every pair of values of any two axes occurs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from itertools import combinations, product
+
+FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss")
+LAYOUTS = ((1, 1), (2, 1), (2, 2), (4, 2), (4, 4))  # (ranks, expert-parallel size)
+STAGES = (0, 1, 2, 3)
+TRAINABLE = ("all", "some", "one rank", "one layer")
+BUCKETS = (300, 50_000_000)  # elements: one that flushes all the time, and the default, which never does here
+BALANCE = ("none", "hf")
+RECOMPUTE = (False, True)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training to compare."""
+
+    family: str
+    layout: tuple[int, int]
+    stage: int
+    trainable: str
+    bucket: int
+    balance: str
+    recompute: bool
+
+    @property
+    def world(self) -> int:
+        return self.layout[0]
+
+    @property
+    def expert(self) -> int:
+        return self.layout[1]
+
+    def __str__(self) -> str:
+        return "-".join(
+            [
+                self.family,
+                f"ranks{self.world}",
+                f"ep{self.expert}",
+                f"zero{self.stage}",
+                self.trainable.replace(" ", ""),
+                f"bucket{self.bucket}",
+                self.balance,
+                *(["recompute"] if self.recompute else []),
+            ]
+        )
+
+
+AXES = (FAMILIES, LAYOUTS, STAGES, TRAINABLE, BUCKETS, BALANCE, RECOMPUTE)
+
+
+def every_cell() -> list[Cell]:
+    return [Cell(*values) for values in product(*AXES)]
+
+
+def covering_cells() -> list[Cell]:
+    """A small set of cells with every pair of values of any two axes in at least one of them.
+
+    Greedy and deterministic: each cell starts from a pair that is still missing and takes, axis after axis, the value
+    that adds most missing pairs.
+    """
+    missing = {((a, x), (b, y)) for a, b in combinations(range(len(AXES)), 2) for x in AXES[a] for y in AXES[b]}
+    cells = []
+    while missing:
+        first = min(missing, key=repr)
+        chosen = dict(first)
+        for axis, values in enumerate(AXES):
+            if axis not in chosen:
+                gains = [len(missing & _pairs({**chosen, axis: value}, axis)) for value in values]
+                # Where several gain alike, go round, so that the values are used about equally.
+                best = [value for value, gain in zip(values, gains, strict=True) if gain == max(gains)]
+                chosen[axis] = best[len(cells) % len(best)]
+        cells.append(Cell(*(chosen[axis] for axis in range(len(AXES)))))
+        missing -= {pair for axis in range(len(AXES)) for pair in _pairs(chosen, axis)}
+    return cells
+
+
+def _pairs(chosen: dict, axis: int) -> set:
+    """All pairs of the chosen values that involve this axis."""
+    mine = (axis, chosen[axis])
+    return {tuple(sorted((mine, item), key=lambda pair: pair[0])) for item in chosen.items() if item[0] != axis}
+
+
+assert len(fields(Cell)) == len(AXES)
