@@ -1,0 +1,332 @@
+"""Everything that leans on DeepSpeed's internals (written against 0.19.8), behind the `Backend` of `train.engine`.
+
+What DeepSpeed does here: it partitions and reduces (ZeRO 1 to 3), or only reduces (stage 0). What it is kept from
+doing: clipping and norms (its norms differ from stage to stage under expert parallelism), loss averaging, deciding
+about skipped steps, counting micro-batches. Those are `Engine`'s, one way for all stages.
+
+Which optimizer serves which stage:
+
+    stage  fp32                          bf16
+    0      MasterAdamW, reduced by the   the same; DeepSpeed does not know that the model is bf16
+           engine's plain all-reduce
+    1      DeepSpeedZeroOptimizer        BF16_Optimizer (0.19.8 has no other for fp32 accumulation at stage 1)
+    2      DeepSpeedZeroOptimizer        DeepSpeedZeroOptimizer with fp32 partition buffers
+    3      DeepSpeedZeroOptimizer_Stage3 the same
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from moe_dist.moe.layer import MoEExperts
+from moe_dist.parallel.grid import Grid
+from moe_dist.train.optim import MasterAdamW, is_expert
+from moe_dist.train.pieces import Piece, replicated_pieces
+
+MARKER = "_expert_parallel_marker"
+
+
+class DeepSpeedBackend:
+    """A DeepSpeed engine at one ZeRO stage. Collective to build and to use."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        grid: Grid,
+        groups: list[dict],
+        hyper: dict,
+        *,
+        zero_stage: int,
+        precision: str,
+        reduce_bucket_size: int,
+    ):
+        self._deepspeed = deepspeed = import_deepspeed(grid)
+        self.module, self.grid, self.stage = model, grid, zero_stage
+        if grid.expert > 1:
+            groups = [_named_for_deepspeed(group, grid) for group in groups]
+            _mark_experts(model, grid)
+        make = _ReducedMasterAdamW if zero_stage == 0 else torch.optim.AdamW
+        self.optimizer = make(groups, **hyper)
+        config = _config(zero_stage, precision, reduce_bucket_size)
+        with _expert_layers_announced(model, grid, any(group["expert"] for group in groups)):
+            logger = deepspeed.utils.logger
+            logger.setLevel(logging.ERROR)  # it warns of settings that are meant
+            self.engine, *_ = deepspeed.initialize(
+                model=model, optimizer=self.optimizer, config=config, dist_init_required=False
+            )
+            logger.setLevel(logging.WARNING)
+        if zero_stage == 3:
+            _register_expert_parameters(model, deepspeed)
+        if zero_stage == 0:
+            self.owned, self.held = (list(self._pieces_of_stage_0(owned)) for owned in (True, False))
+        else:
+            find = self._pieces_of_stage_3 if zero_stage == 3 else self._pieces_of_stage_1_and_2
+            self.owned = self.held = list(find())
+
+    # The three calls of a step
+
+    def forward(self, **batch):
+        return self.engine(**batch)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Accumulate; after the last micro-batch of a step, also reduce.
+
+        Scale: DeepSpeed sums gradients over a parameter's replicas and divides by the number of data-parallel ranks
+        W, for experts too (their replicas are only W / P, but it divides by W at every stage). Scaling the loss by W
+        cancels that for both: what remains is the sum over the ranks, which is the gradient that `Engine` promises.
+        `scale_wrt_gas=False` keeps it from dividing by the accumulation steps, so nothing is left to cancel there.
+        """
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * self.grid.world, scale_wrt_gas=False)
+
+    def optimizer_step(self) -> None:
+        self.engine.step()
+        if self.stage == 3:
+            # A parameter without gradient in some later step would otherwise add this step's once more.
+            self.engine.optimizer.grad_partitions_flat_buffer.zero_()
+
+    def drop_gradients(self) -> None:
+        """Forget the accumulated gradients, as each of these optimizers does when it meets an overflow itself."""
+        zero = self.engine.optimizer
+        if self.stage == 3:
+            zero._pre_step()
+            zero._partition_all_parameters()
+            zero._overflow_clean_up(1)
+            zero.grad_partitions_flat_buffer.zero_()
+        elif self.stage == 0:
+            zero.zero_grad(set_to_none=True)
+        elif self._bf16_optimizer:
+            zero.clear_hp_grads()
+            zero.clear_lp_grads()
+        else:
+            zero.zero_grad(set_to_none=True)
+            zero.micro_step_id = -1
+            for kept in (zero.averaged_gradients, zero.all_grad_tensors):
+                kept.update(dict.fromkeys(kept))
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round the masters into the parameters, on all replicas."""
+        zero = self.engine.optimizer
+        if self.stage == 0:
+            zero.publish()
+        elif self.stage < 3:
+            zero.update_lp_params()
+        else:
+            zero._partition_all_parameters()
+            for group in range(len(zero.fp16_groups)):
+                zero._reassign_or_swap_out_partitioned_parameters(group)
+            if zero.persistent_parameters:
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> contextlib.AbstractContextManager:
+        if self.stage < 3:
+            return contextlib.nullcontext()
+        return self._deepspeed.zero.GatheredParameters(list(parameters))
+
+    def close(self) -> None:
+        self.engine.destroy()
+
+    # Who owns what
+
+    @property
+    def _bf16_optimizer(self) -> bool:
+        return hasattr(self.engine.optimizer, "clear_hp_grads")
+
+    def _pieces_of_stage_0(self, owned: bool) -> Iterator[Piece]:
+        """Everything is replicated: a rank holds all of it, and owns its even slice."""
+        grid = self.grid
+
+        def place(parameter: nn.Parameter) -> tuple[int, int]:
+            if not owned:
+                return 0, 1
+            return (grid.expert_data_rank, grid.expert_data) if is_expert(parameter) else (grid.rank, grid.world)
+
+        return replicated_pieces(self.optimizer.masters, place)
+
+    def _pieces_of_stage_1_and_2(self) -> Iterator[Piece]:
+        """Each group's parameters lie flattened one after the other; a rank owns one even part of that buffer, and
+        DeepSpeed has noted on each parameter which of its elements fall into this rank's part, and where."""
+        for parameter in self.module.parameters():
+            mapping = getattr(parameter, "_hp_mapping", None) if parameter.requires_grad else None
+            if mapping is not None:
+                flat = self._flat_partitions()[mapping.param_group_index]
+                inside, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+                yield Piece(
+                    parameter, inside.start, inside.numel, flat, there.start, _mapped_gradient(parameter, mapping)
+                )
+
+    def _flat_partitions(self) -> list[torch.Tensor]:
+        zero = self.engine.optimizer
+        return zero.fp32_groups_flat_partition if self._bf16_optimizer else zero.single_partition_of_fp32_groups
+
+    def _pieces_of_stage_3(self) -> Iterator[Piece]:
+        """Each parameter is cut into equal parts, one a rank of its partition group, the last ones padded."""
+        zero = self.engine.optimizer
+        for parameter in (parameter for group in zero.fp16_groups for parameter in group):
+            group, start, size = zero.grad_position[zero.get_param_id(parameter)]
+            offset = size * zero._get_param_partition_rank(parameter)
+            length = min(size, parameter.ds_numel - offset)
+            if length > 0:
+                flat = zero.fp32_partitioned_groups_flat[group]
+                yield Piece(parameter, offset, length, flat, start, _partitioned_gradient(zero, parameter, length))
+
+
+def _mapped_gradient(parameter: nn.Parameter, mapping) -> Callable[[], torch.Tensor | None]:
+    inside = mapping.lp_fragment_address
+
+    def gradient() -> torch.Tensor | None:
+        group = mapping.gradient_dict.get(mapping.param_group_index)
+        if group is None:
+            return None
+        tensor = group[parameter._index_in_param_group].view(-1)
+        # BF16_Optimizer keeps the gradient of the whole parameter here, the other one only this rank's part.
+        if tensor.numel() == inside.numel:
+            return tensor
+        return tensor[inside.start : inside.start + inside.numel]
+
+    return gradient
+
+
+def _partitioned_gradient(zero, parameter: nn.Parameter, length: int) -> Callable[[], torch.Tensor]:
+    return lambda: zero._get_fp32_grad_state_partition(parameter, False)[0][:length]
+
+
+class _ReducedMasterAdamW(MasterAdamW):
+    """Stage 0: DeepSpeed's plain all-reduce asks the optimizer for the gradients, which are fp32 here."""
+
+    def get_grads_for_reduction(self) -> tuple[list[torch.Tensor], dict[str, list[torch.Tensor]]]:
+        """(gradients of dense parameters, name of expert group -> gradients), zeros where no backward came by."""
+        dense: list[torch.Tensor] = []
+        experts: dict[str, list[torch.Tensor]] = {}
+        for group in self.param_groups:
+            for master in group["params"]:
+                if master.grad is None:
+                    master.grad = torch.zeros_like(master)
+            found = experts.setdefault(group["name"], []) if group.get("moe") else dense
+            found.extend(master.grad for master in group["params"])
+        return dense, experts
+
+
+def import_deepspeed(grid: Grid):
+    """DeepSpeed, ready for use: on the grid's device, quiet, on torch's process group (a group of one if there is
+    none), without building its shared-memory collectives (which wants a compiler, takes half a minute and leaves files
+    in /dev/shm)."""
+    os.environ.setdefault("DS_ACCELERATOR", grid.device.type)
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        os.environ.setdefault(name, value)
+    if not dist.is_initialized():
+        assert grid.world == 1
+        backend = "nccl" if grid.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    import deepspeed
+    import deepspeed.runtime.bf16_optimizer as bf16_optimizer
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None  # prints at every group, and collects garbage
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    return deepspeed
+
+
+def _config(zero_stage: int, precision: str, reduce_bucket_size: int) -> dict:
+    zero = {
+        "stage": zero_stage,
+        "reduce_bucket_size": reduce_bucket_size,
+        "allgather_bucket_size": 2 * -(-reduce_bucket_size // 2),
+        "stage3_prefetch_bucket_size": reduce_bucket_size,
+        "stage3_param_persistence_threshold": min(reduce_bucket_size, 100_000),
+        # DeepSpeed would make whole MoE blocks of some families into units whose gradients it reads in a hook of the
+        # block's input, which fires too early where that input needs no gradient. Ours need no such units.
+        "leaf_module": {"classes": [], "names": [], "name_suffixes": []},
+    }
+    in_bf16 = precision == "bf16" and zero_stage > 0
+    if zero_stage in (1, 2) and not (in_bf16 and zero_stage == 1):
+        zero["compute_grad_norm"] = False
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "bf16": {"enabled": in_bf16},
+        "zero_optimization": zero,
+    }
+
+
+# Expert parallelism
+
+
+def _group_name(grid: Grid) -> str:
+    return f"ep_size_{grid.expert}"
+
+
+def _named_for_deepspeed(group: dict, grid: Grid) -> dict:
+    """DeepSpeed takes an optimizer group with `moe` for experts, replicated over the expert-data group `name`."""
+    return {**group, "moe": group["expert"], "name": _group_name(grid) if group["expert"] else "dense"}
+
+
+def _mark_experts(model: nn.Module, grid: Grid) -> None:
+    """Tell DeepSpeed which parameters are experts', frozen ones too: their replicas (over which it broadcasts at
+    the start, reduces, and partitions at stage 3) are the expert-data group's ranks only."""
+    from deepspeed.utils import groups
+
+    name = _group_name(grid)
+    if name not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(grid.expert)
+    for group in (groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)):
+        dist.all_reduce(torch.zeros(1, device=grid.device), group=group)
+    replicas = groups._get_expert_data_parallel_group(name)
+    mates = list(range(grid.rank % grid.expert, grid.world, grid.expert))
+    assert dist.get_process_group_ranks(replicas) == mates, "DeepSpeed cuts the ranks in another way than the grid"
+    for parameter in filter(is_expert, model.parameters()):
+        parameter.allreduce = False
+        parameter.group_name = name
+        parameter.ds_zero_placement_family = "autoep_expert"
+        parameter.ds_zero_partition_group_name = name
+        parameter.ds_zero_partition_process_group = replicas
+
+
+@contextlib.contextmanager
+def _expert_layers_announced(model: nn.Module, grid: Grid, experts_train: bool) -> Iterator[None]:
+    """While DeepSpeed builds its engine, let it find one of its own MoE layers in the model.
+
+    It reads off the presence of such a layer, and nothing else, that optimizer groups may have expert-data groups.
+    Where no expert trains there is no such optimizer group, and it refuses to be told otherwise.
+    """
+    if grid.expert == 1 or not experts_train:
+        yield
+        return
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+    class Marker(AutoEPMoELayer):
+        def __init__(self):
+            nn.Module.__init__(self)
+            self.num_experts = 0
+
+        def set_deepspeed_parallelism(self, *args, **kwargs):
+            """The groups exist already."""
+
+    model.add_module(MARKER, Marker())
+    try:
+        yield
+    finally:
+        delattr(model, MARKER)
+
+
+def _register_expert_parameters(model: nn.Module, deepspeed) -> None:
+    """Stage 3 gathers a module's parameters before its forward; an experts layer reads those of its spans, whose own
+    forward is never called."""
+    for module in model.modules():
+        if isinstance(module, MoEExperts):
+            for _, parameter, _ in module.expert_parameters():
+                deepspeed.zero.register_external_parameter(module, parameter)

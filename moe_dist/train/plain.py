@@ -1,0 +1,42 @@
+"""The engine without DeepSpeed: one device, plain torch. For debugging, and for machines that have no DeepSpeed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from moe_dist.train.optim import MasterAdamW
+from moe_dist.train.pieces import replicated_pieces
+
+
+class PlainBackend:
+    """What `Engine` asks of the machinery below it, for a single process. `DeepSpeedBackend` is the other one."""
+
+    def __init__(self, model: nn.Module, groups: list[dict], hyper: dict):
+        self.module = model
+        self.optimizer = MasterAdamW(groups, **hyper)
+        self.owned = self.held = list(replicated_pieces(self.optimizer.masters, lambda parameter: (0, 1)))
+
+    def forward(self, **batch):
+        return self.module(**batch)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        loss.backward()
+
+    def optimizer_step(self) -> None:
+        self.optimizer.step()
+
+    def drop_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def publish(self) -> None:
+        self.optimizer.publish()
+
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    def close(self) -> None:
+        pass

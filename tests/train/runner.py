@@ -1,0 +1,171 @@
+"""Trains the toy model on the ranks of a pool, and on one plain process, and gives back all there is to compare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from moe_dist.parallel.grid import build_grid
+from moe_dist.train.engine import Engine, build_engine
+from tests.train import toy
+
+EVERY = [list(range(toy.EXPERTS))] * toy.LAYERS
+HYPER = {"betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+RATES = (1e-2, 2e-2, 5e-3)
+
+
+@dataclass(frozen=True)
+class Case:
+    ep: int = 1
+    stage: int = 1
+    precision: str = "fp32"
+    trainable: list = field(default_factory=lambda: EVERY)
+    dense_trains: bool = True
+    shunned: tuple = ()
+    accumulation: int = 1
+    clip_norm: float | None = 0.5
+    bucket: int = 300
+    backend: str = "deepspeed"
+
+
+def build(case: Case, weights=None) -> Engine:
+    """Collective: the toy model under an engine."""
+    grid = build_grid(expert=case.ep)
+    weights = toy.full_weights() if weights is None else weights
+    model = toy.parallel_model(weights, grid, case.trainable, dense_trains=case.dense_trains, shunned=case.shunned)
+    return build_engine(
+        model,
+        grid,
+        zero_stage=case.stage,
+        precision=case.precision,
+        clip_norm=case.clip_norm,
+        accumulation_steps=case.accumulation,
+        reduce_bucket_size=case.bucket,
+        backend=case.backend,
+        **HYPER,
+    )
+
+
+def accumulate(engine: Engine, row) -> None:
+    """This rank's micro-batches of one step: row[rank·accumulation + m]."""
+    labels = toy.label_count(row)
+    first = engine.grid.rank * engine.accumulation_steps
+    for ids_T, labels_T in row[first : first + engine.accumulation_steps]:
+        logits_TV = engine.forward(ids_T=ids_T)
+        engine.backward(toy.loss_sum(logits_TV, labels_T) / labels)
+
+
+def packed(fragments) -> list[tuple]:
+    """Fragments as plain data, copied: the engine goes on writing into what they view."""
+    return [(f.name, f.expert, f.offset, f.tensor.detach().clone().numpy()) for f in fragments]
+
+
+def assembled(ranks: list[list[tuple]]) -> dict[tuple[str, int], torch.Tensor]:
+    """(name, expert) -> flat tensor, from the packed fragments of all ranks; no element may come twice."""
+    pieces: dict[tuple[str, int], list] = {}
+    for name, expert, offset, array in (fragment for rank in ranks for fragment in rank):
+        pieces.setdefault((name, expert), []).append((offset, torch.from_numpy(array)))
+    tensors = {}
+    for key, found in pieces.items():
+        found.sort(key=lambda piece: piece[0])
+        end = 0
+        for offset, tensor in found:
+            assert offset == end, f"{key}: element {offset} after {end}"
+            end += tensor.numel()
+        tensors[key] = torch.cat([tensor for _, tensor in found])
+    return tensors
+
+
+def train(case: Case, steps: int = 3) -> dict:
+    """On each rank: losses and norms of all steps, gradients of the first, masters and moments after the last."""
+    engine = build(case)
+    rows = toy.batches(steps, engine.grid.world * case.accumulation)
+    norms, gradients = [], None
+    for row, rate in zip(rows, RATES, strict=False):
+        accumulate(engine, row)
+        if gradients is None:
+            gradients = packed(engine.gradients())
+        norms.append(engine.step(rate).grad_norm)
+    weights, m, v = (packed(engine.fragments(kind)) for kind in ("weights", "exp_avg", "exp_avg_sq"))
+    parameters = {name: tensor.float().numpy().copy() for name, tensor in engine.full_parameters()}
+    engine.close()
+    return {
+        "norms": norms, "gradients": gradients, "weights": weights, "exp_avg": m, "exp_avg_sq": v,
+        "parameters": parameters, "adam_step": engine.adam_step,
+    }  # fmt: skip
+
+
+def train_plain(case: Case, micro_batches: int, steps: int = 3) -> dict:
+    """The same training by one plain torch process: (name, expert) -> flat tensor for each of the kinds."""
+    model = toy.plain_model(toy.full_weights(), case.shunned)
+    kept = {}
+    for name, parameter in model.named_parameters():
+        for expert in range(toy.EXPERTS) if ".experts." in name else (-1,):
+            layer = int(name.split(".")[1]) if expert >= 0 else -1
+            if expert in case.trainable[layer] if expert >= 0 else case.dense_trains:
+                kept[name, expert] = parameter
+    parts = {key: parameter[key[1]] if key[1] >= 0 else parameter for key, parameter in kept.items()}
+    # One leaf tensor for each expert, so that AdamW leaves the frozen ones alone.
+    leaves = {key: part.detach().clone().requires_grad_() for key, part in parts.items()}
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [leaf], "weight_decay": HYPER["weight_decay"] if leaf.dim() >= 2 else 0.0}
+            for leaf in leaves.values()
+        ],
+        betas=HYPER["betas"],
+        eps=HYPER["eps"],
+    )
+    norms, gradients = [], None
+    for row, rate in zip(toy.batches(steps, micro_batches), RATES, strict=False):
+        model.zero_grad()
+        for ids_T, labels_T in row:
+            (toy.loss_sum(model(ids_T=ids_T), labels_T) / toy.label_count(row)).backward()
+        for (name, expert), leaf in leaves.items():
+            gradient = kept[name, expert].grad
+            leaf.grad = (gradient[expert] if expert >= 0 else gradient).clone()
+        if gradients is None:
+            gradients = {key: leaf.grad.flatten().clone() for key, leaf in leaves.items()}
+        limit = float("inf") if case.clip_norm is None else case.clip_norm
+        norms.append(torch.nn.utils.clip_grad_norm_(leaves.values(), limit).item())
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        with torch.no_grad():
+            for (name, expert), leaf in leaves.items():
+                (kept[name, expert][expert] if expert >= 0 else kept[name, expert]).copy_(leaf)
+    return {
+        "norms": norms,
+        "gradients": gradients,
+        "weights": {key: leaf.detach().flatten() for key, leaf in leaves.items()},
+        "exp_avg": {key: optimizer.state[leaf]["exp_avg"].flatten() for key, leaf in leaves.items()},
+        "exp_avg_sq": {key: optimizer.state[leaf]["exp_avg_sq"].flatten() for key, leaf in leaves.items()},
+    }
+
+
+def reader(tensors: dict[str, dict[tuple[str, int], torch.Tensor]]):
+    """What `Engine.load_fragments` wants, over whole tensors of each kind."""
+
+    def read(kind, places):
+        for place in places:
+            where = place.range
+            whole = tensors[kind][where.name, where.expert]
+            yield whole[where.offset : where.offset + where.length]
+
+    return read
+
+
+def state_of(engine: Engine) -> dict:
+    """All that a checkpoint holds of this rank, and the parameters as the model sees them."""
+    kinds = {kind: packed(engine.fragments(kind)) for kind in ("weights", "exp_avg", "exp_avg_sq")}
+    parameters = {name: tensor.float().numpy().copy() for name, tensor in engine.full_parameters()}
+    return {**kinds, "adam_step": engine.adam_step, "parameters": parameters}
+
+
+def load_and_return(case: Case, tensors: dict, adam_step: int) -> dict:
+    """A fresh engine, filled from outside; its state again."""
+    engine = build(case, toy.full_weights(seed=5))
+    engine.load_fragments(reader(tensors), adam_step=adam_step)
+    state = state_of(engine)
+    engine.close()
+    return state
