@@ -7,11 +7,17 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <optional>
 #include <string>
 #include <tuple>
 
+#include "pages.h"
 #include "permute.h"
+#include "swiglu.h"
 
 namespace {
 
@@ -52,8 +58,9 @@ float* probs_of(const std::optional<Tensor>& probs, const Slots& slots) {
 
 Ids ids_of(const Tensor& ids) {
   const ScalarType type = ids.scalar_type();
-  STD_TORCH_CHECK((type == ScalarType::Int || type == ScalarType::Long) && ids.dim() == 2, "ids: int, 2-d");
-  return {ids.data_ptr(), type == ScalarType::Long, ids.size(0), ids.size(1), ids.stride(0), ids.stride(1)};
+  STD_TORCH_CHECK(
+      (type == ScalarType::Int || type == ScalarType::Long) && ids.is_contiguous(), "ids: int32 or int64, contiguous");
+  return {ids.data_ptr(), type == ScalarType::Long, ids.numel()};
 }
 
 RowMap row_map_of(const Tensor& counts, const Tensor& row_of_slot, const Tensor& slot_of_row, const Tensor& status) {
@@ -100,6 +107,26 @@ void unpermute_backward(
   moe_dist::cpu::unpermute_backward(
       slots, dtype_of(dy), dy.size(1), matrix_of(dy), probs_of(probs, slots), rows ? matrix_of(*rows) : Matrix{},
       matrix_of(drows), probs_of(dprobs, slots));
+}
+
+void swiglu(Tensor z, Tensor a) {
+  STD_TORCH_CHECK(z.scalar_type() == a.scalar_type() && z.size(0) == a.size(0) && z.size(1) == 2 * a.size(1), "swiglu");
+  moe_dist::cpu::swiglu(dtype_of(z), a.size(0), a.size(1), matrix_of(z), matrix_of(a));
+}
+
+void swiglu_backward(Tensor da, Tensor z, Tensor a, Tensor dz) {
+  check_same(da, a);
+  check_same(z, dz);
+  STD_TORCH_CHECK(
+      da.scalar_type() == z.scalar_type() && z.size(0) == a.size(0) && da.size(0) == a.size(0) &&
+          dz.size(0) == a.size(0) && z.size(1) == 2 * a.size(1),
+      "swiglu_backward");
+  moe_dist::cpu::swiglu_backward(
+      dtype_of(z), a.size(0), a.size(1), matrix_of(da), matrix_of(z), matrix_of(a), matrix_of(dz));
+}
+
+void advise_huge_pages(Tensor tensor) {
+  moe_dist::cpu::advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size());
 }
 
 }  // namespace on_cpu
@@ -166,6 +193,18 @@ void unpermute_backward(
 }  // namespace on_cuda
 #endif  // MOE_DIST_CUDA
 
+// Asks the kernel for large pages under memory that is about to be written for the first time. Rows lie anywhere in a
+// large tensor: with 4 KiB pages each of them costs a miss in the address cache, and each page a fault.
+void advise_large_pages(Tensor tensor) {
+#ifdef __linux__
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const uintptr_t first = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+  const uintptr_t begin = (first + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (first + tensor.numel() * tensor.element_size()) / kPage * kPage;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: it may be refused
+#endif
+}
+
 std::string instruction_set() {
   return moe_dist::cpu::instruction_set();
 }
@@ -183,6 +222,7 @@ bool has_cuda() {
 STABLE_TORCH_LIBRARY(moe_dist, library) {
   library.def("instruction_set() -> str");
   library.def("has_cuda() -> bool");
+  library.def("advise_large_pages(Tensor(a!) tensor) -> ()");
   library.def(
       "row_map(Tensor ids, int num_experts, int expected_rows, Tensor(a!) counts, Tensor(b!) row_of_slot, "
       "Tensor(c!) slot_of_row, Tensor(d!) status) -> ()");
@@ -191,6 +231,9 @@ STABLE_TORCH_LIBRARY(moe_dist, library) {
   library.def(
       "unpermute_backward(Tensor dy, Tensor row_of_slot, Tensor? probs, Tensor? rows, Tensor(a!) drows, "
       "Tensor(b!)? dprobs) -> ()");
+  library.def("swiglu(Tensor z, Tensor(a!) a) -> ()");
+  library.def("swiglu_backward(Tensor da, Tensor z, Tensor(a!) a, Tensor(b!) dz) -> ()");
+  library.def("advise_huge_pages(Tensor(a!) tensor) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moe_dist, CompositeExplicitAutograd, library) {
@@ -199,10 +242,14 @@ STABLE_TORCH_LIBRARY_IMPL(moe_dist, CompositeExplicitAutograd, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moe_dist, CPU, library) {
+  library.impl("advise_large_pages", TORCH_BOX(&advise_large_pages));
   library.impl("row_map", TORCH_BOX(&on_cpu::row_map));
   library.impl("permute", TORCH_BOX(&on_cpu::permute));
   library.impl("unpermute", TORCH_BOX(&on_cpu::unpermute));
   library.impl("unpermute_backward", TORCH_BOX(&on_cpu::unpermute_backward));
+  library.impl("swiglu", TORCH_BOX(&on_cpu::swiglu));
+  library.impl("swiglu_backward", TORCH_BOX(&on_cpu::swiglu_backward));
+  library.impl("advise_huge_pages", TORCH_BOX(&on_cpu::advise_huge_pages));
 }
 
 #ifdef MOE_DIST_CUDA

@@ -27,7 +27,7 @@ FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 
 
 def native_extension():
-    sources = [str(SOURCES / "library.cpp"), str(SOURCES / "permute_cpu.cpp")]
+    sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
     depends = [str(path) for pattern in ("*.h", "*.cu") for path in sorted(SOURCES.glob(pattern))]
     return Extension(NAME, sources, depends=depends, language="c++", py_limited_api=True)
 

@@ -11,11 +11,11 @@ namespace moe_dist {
 
 enum class Dtype { f32, bf16 };
 
-// Expert ids [T, K], 32- or 64-bit, any strides (counted in elements).
+// The expert id of each slot, 32- or 64-bit.
 struct Ids {
   const void* data;
   bool wide;
-  int64_t tokens, top_k, token_stride, k_stride;
+  int64_t slots;
 };
 
 // A matrix whose columns are dense and whose rows lie `stride` bytes apart.

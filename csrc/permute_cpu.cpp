@@ -59,8 +59,9 @@ Isa isa() {
 
 // Outputs larger than this pass by the caches; smaller ones are likely to be read from there again.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
-// Bytes that make a thread worth waking.
+// Work that makes a thread worth waking.
 constexpr int64_t kGrainBytes = int64_t{128} << 10;
+constexpr int64_t kSlotsPerThread = int64_t{8} << 10;
 
 bool streams(Matrix out, int64_t rows, int64_t row_bytes) {
   return isa() != Isa::portable && rows * row_bytes > kStreamBytes && out.stride % 64 == 0 && row_bytes % 64 == 0 &&
@@ -92,27 +93,23 @@ void with_dtype(Dtype dtype, const F& body) {
 
 template <class Id>
 void sort_slots(const Ids& ids, int64_t num_experts, const RowMap& out) {
-  const Id* data = static_cast<const Id*>(ids.data);
-  const int64_t slots = ids.tokens * ids.top_k;
-  // Each chunk of tokens counts its experts; a scan over (expert, chunk) turns the counts into the first row of each
+  const Id* id_of = static_cast<const Id*>(ids.data);
+  // Each chunk of slots counts its experts; a scan over (expert, chunk) turns the counts into the first row of each
   // expert in each chunk; then each chunk hands out rows in order. Any cut into chunks gives the same, stable, sort.
-  const int64_t chunks = std::clamp<int64_t>(slots >> 13, 1, torch::stable::get_num_threads());
+  const int64_t chunks = std::clamp<int64_t>(ids.slots / kSlotsPerThread, 1, torch::stable::get_num_threads());
   std::vector<int32_t> cursor(chunks * num_experts, 0);
   std::vector<int64_t> worst(chunks, -1);
-  const auto first_token = [&](int64_t chunk) { return ids.tokens * chunk / chunks; };
+  const auto first_slot = [&](int64_t chunk) { return ids.slots * chunk / chunks; };
 
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       int32_t* count = cursor.data() + chunk * num_experts;
-      for (int64_t t = first_token(chunk); t < first_token(chunk + 1); ++t) {
-        for (int64_t k = 0; k < ids.top_k; ++k) {
-          const int64_t id = data[t * ids.token_stride + k * ids.k_stride];
-          if (id < 0) continue;
-          if (id < num_experts) {
-            ++count[id];
-          } else {
-            worst[chunk] = std::max(worst[chunk], id);
-          }
+      for (int64_t slot = first_slot(chunk); slot < first_slot(chunk + 1); ++slot) {
+        const int64_t id = id_of[slot];
+        if (id >= num_experts) {
+          worst[chunk] = std::max(worst[chunk], id);
+        } else if (id >= 0) {
+          ++count[id];
         }
       }
     }
@@ -136,14 +133,11 @@ void sort_slots(const Ids& ids, int64_t num_experts, const RowMap& out) {
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       int32_t* next = cursor.data() + chunk * num_experts;
-      for (int64_t t = first_token(chunk); t < first_token(chunk + 1); ++t) {
-        for (int64_t k = 0; k < ids.top_k; ++k) {
-          const int64_t id = data[t * ids.token_stride + k * ids.k_stride];
-          const int64_t slot = t * ids.top_k + k;
-          const int32_t at = id < 0 ? -1 : next[id]++;
-          out.row_of_slot[slot] = at;
-          if (at >= 0) out.slot_of_row[at] = static_cast<int32_t>(slot);
-        }
+      for (int64_t slot = first_slot(chunk); slot < first_slot(chunk + 1); ++slot) {
+        const int64_t id = id_of[slot];
+        const int32_t row_here = id < 0 ? -1 : next[id]++;
+        out.row_of_slot[slot] = row_here;
+        if (row_here >= 0) out.slot_of_row[row_here] = static_cast<int32_t>(slot);
       }
     }
   });

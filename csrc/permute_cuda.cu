@@ -46,9 +46,7 @@ int counting_warps(int64_t num_experts) {
 }
 
 __device__ inline int64_t id_at(const Ids& ids, int64_t slot) {
-  const bool dense = ids.token_stride == ids.top_k && ids.k_stride == 1;  // then no 64-bit division
-  const int64_t at = dense ? slot : slot / ids.top_k * ids.token_stride + slot % ids.top_k * ids.k_stride;
-  return ids.wide ? static_cast<const int64_t*>(ids.data)[at] : static_cast<const int32_t*>(ids.data)[at];
+  return ids.wide ? static_cast<const int64_t*>(ids.data)[slot] : static_cast<const int32_t*>(ids.data)[slot];
 }
 
 // Walks a chunk in order, 32 slots at a time. visit(slot, id, row_in_expert): the lanes of one expert get consecutive
@@ -81,8 +79,8 @@ __global__ void count_kernel(Ids ids, int64_t num_experts, int64_t length, int64
   int* counter = shared + warp * num_experts;
   for (int64_t e = lane; e < num_experts; e += kWarp) counter[e] = 0;
   __syncwarp();
-  const int64_t begin = chunk * length, slots = ids.tokens * ids.top_k;
-  const int64_t end = begin + length < slots ? begin + length : slots;
+  const int64_t begin = chunk * length;
+  const int64_t end = begin + length < ids.slots ? begin + length : ids.slots;
   count_through(ids, num_experts, begin, end, counter, [&](int64_t, int64_t id, int) {
     if (id >= num_experts) status[1] = id;  // whichever thread is last: any wrong id is worth naming
   });
@@ -137,8 +135,8 @@ __global__ void place_kernel(Ids ids, int64_t num_experts, int64_t expected, int
       __trap();
     }
   }
-  const int64_t begin = chunk * length, slots = ids.tokens * ids.top_k;
-  const int64_t end = begin + length < slots ? begin + length : slots;
+  const int64_t begin = chunk * length;
+  const int64_t end = begin + length < ids.slots ? begin + length : ids.slots;
   count_through(ids, num_experts, begin, end, next, [&](int64_t slot, int64_t, int row) {
     out.row_of_slot[slot] = row;
     if (row >= 0) out.slot_of_row[row] = static_cast<int32_t>(slot);
@@ -358,9 +356,9 @@ int64_t row_map_scratch(int64_t slots, int64_t num_experts) {
 const char* row_map(
     const Ids& ids, int64_t num_experts, int64_t expected, const RowMap& out, int32_t* scratch, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
-  const int64_t slots = ids.tokens * ids.top_k, chunks = chunk_count(slots), length = chunk_length(slots);
+  const int64_t chunks = chunk_count(ids.slots), length = chunk_length(ids.slots);
   MOE_DIST_LAUNCH(empty_status_kernel, 1, kBlock, 0, stream, num_experts, out);
-  if (slots == 0) return launched();
+  if (ids.slots == 0) return launched();
   const int warps = counting_warps(num_experts);
   const unsigned blocks = static_cast<unsigned>((chunks + warps - 1) / warps);
   const unsigned expert_blocks = static_cast<unsigned>((num_experts + kWarpsPerBlock - 1) / kWarpsPerBlock);

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 _FOLDER = Path(__file__).parent
+_LARGE_PAGES_FROM = 8 << 20  # bytes
 BUILD_NOTE = _FOLDER / "_native_build.txt"  # one line that setup.py leaves: what was built, or why not
 
 
@@ -62,7 +63,7 @@ def row_map(ids_TK, num_experts, num_rows=None):
     slot_of_row = torch.empty(num_slots, dtype=torch.int32, device=device)
     status_2 = torch.empty(2, dtype=torch.int64, device=device)
     expected = -1 if num_rows is None else num_rows
-    torch.ops.moe_dist.row_map(ids_TK, num_experts, expected, counts_E, row_of_slot_TK, slot_of_row, status_2)
+    torch.ops.moe_dist.row_map(ids_TK.contiguous(), num_experts, expected, counts_E, row_of_slot_TK, slot_of_row, status_2)
     if num_rows is None or device.type == "cpu":
         kept, wrong_id = status_2.tolist()
         if wrong_id >= 0:
@@ -75,22 +76,21 @@ def row_map(ids_TK, num_experts, num_rows=None):
 
 def permute(x_TH, plan, *, out=None):
     if out is None:
-        out = torch.empty(plan.num_rows, x_TH.shape[1], dtype=x_TH.dtype, device=x_TH.device)
+        out = _empty(plan.num_rows, x_TH)
     torch.ops.moe_dist.permute(_dense_columns(x_TH), plan.row_of_slot_TK, out)
     return out
 
 
 def unpermute(rows_NH, plan, probs_TK=None, *, out=None):
     if out is None:
-        shape = plan.row_of_slot_TK.shape[0], rows_NH.shape[1]
-        out = torch.empty(shape, dtype=rows_NH.dtype, device=rows_NH.device)
+        out = _empty(plan.row_of_slot_TK.shape[0], rows_NH)
     torch.ops.moe_dist.unpermute(_dense_columns(rows_NH), plan.row_of_slot_TK, _fp32(probs_TK), out)
     return out
 
 
 def unpermute_backward(dy_TH, plan, *, probs_TK=None, rows_NH=None, out=None, out_probs=None):
     if out is None:
-        out = torch.empty(plan.num_rows, dy_TH.shape[1], dtype=dy_TH.dtype, device=dy_TH.device)
+        out = _empty(plan.num_rows, dy_TH)
     if rows_NH is not None:
         rows_NH = _dense_columns(rows_NH)
         if out_probs is None:
@@ -99,6 +99,14 @@ def unpermute_backward(dy_TH, plan, *, probs_TK=None, rows_NH=None, out=None, ou
         _dense_columns(dy_TH), plan.row_of_slot_TK, _fp32(probs_TK), rows_NH, out, out_probs
     )
     return out, out_probs
+
+
+def _empty(length, like):
+    """An output `[length, H]`; on the CPU a large one asks for large pages before it is first written."""
+    out = torch.empty(length, like.shape[1], dtype=like.dtype, device=like.device)
+    if like.device.type == "cpu" and out.numel() * out.element_size() >= _LARGE_PAGES_FROM:
+        torch.ops.moe_dist.advise_large_pages(out)
+    return out
 
 
 def _dense_columns(matrix):
