@@ -7,6 +7,10 @@ import pytest
 from tests.pool import RankPool
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all-cells", action="store_true", help="every cell of the parity matrix, not the covering ones")
+
+
 @pytest.fixture(scope="session")
 def ranks():
     """`ranks(world, fn, *args, timeout=60)`: results of `fn(*args)` on each of `world` warm gloo ranks."""

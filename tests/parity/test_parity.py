@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
@@ -18,9 +16,13 @@ from tests.train.runner import assembled
 
 OUTPUTS, GRADIENTS, NORMS, WEIGHTS = 2e-6, 2e-6, 2e-6, 1e-5
 
-CELLS = every_cell() if os.environ.get("MOE_DIST_PARITY") == "full" else covering_cells()
-# One pool of ranks after the other, and the cells of a family together.
-CELLS.sort(key=lambda cell: (cell.world, cell.family))
+
+def pytest_generate_tests(metafunc):
+    if "cell" in metafunc.fixturenames:
+        cells = every_cell() if metafunc.config.getoption("--all-cells") else covering_cells()
+        # One pool of ranks after the other, and the cells of a family together.
+        cells.sort(key=lambda cell: (cell.world, cell.family))
+        metafunc.parametrize("cell", cells, ids=str)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,6 @@ def folders(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_cell(ranks, folders, cell):
     folder = folders(cell.family)
     compare(cell, ranks(cell.world, distributed.train, cell, folder, timeout=90), plain.train(cell, folder))

@@ -1,0 +1,284 @@
+"""The planted faults. Each patches one function of the package, on every rank, for the length of one training.
+
+A fault names the cell of the parity matrix that has to catch it: the smallest one in which it makes a difference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+
+from tests.parity.cells import Cell
+
+BASE = Cell("qwen3_moe", (2, 2), 1, "all", 50_000_000, "none", False)
+ONE_RANK = replace(BASE, layout=(1, 1))
+FOUR = replace(BASE, layout=(4, 2))
+BALANCED = replace(BASE, balance="hf")
+ESFT = replace(BASE, trainable="one rank")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`replace` gets what `target` ("module:attribute path") is now and returns what is planted in its place."""
+
+    target: str
+    replace: Callable
+    cell: Cell = BASE
+    hangs: bool = False  # caught by the timeout
+
+    @contextlib.contextmanager
+    def planted(self):
+        module_name, _, path = self.target.partition(":")
+        owner = importlib.import_module(module_name)
+        *parents, name = path.split(".")
+        for parent in parents:
+            owner = getattr(owner, parent)
+        original = owner.__dict__[name]
+        unwrapped = original.__func__ if isinstance(original, staticmethod) else original
+        planted = self.replace(unwrapped)
+        setattr(owner, name, staticmethod(planted) if isinstance(original, staticmethod) else planted)
+        try:
+            yield
+        finally:
+            setattr(owner, name, original)
+
+
+# Gradients of experts
+
+
+def expert_gradient_times_ep(original):
+    return lambda *args: 2 * original(*args)
+
+
+def expert_gradient_mean_over_ranks(original):
+    return lambda *args: original(*args) / 2
+
+
+def stale_experts_without_rows(original):
+    """The gradient of an expert without tokens is left over memory in place of zeros."""
+
+    def grouped(grad_RB, x_RA, w_SBA, counts):
+        gradient = original(grad_RB, x_RA, w_SBA, counts)
+        gradient[[seat for seat, count in enumerate(counts) if count == 0]] = 1e-3
+        return gradient
+
+    return grouped
+
+
+def swiglu_slope_without_its_second_term(original):
+    def backward(activation, grad_RI, z_RF):
+        gate, up = z_RF.chunk(2, dim=-1)
+        silu = torch.nn.functional.silu(gate)
+        return silu * up, torch.cat([grad_RI * up * gate.sigmoid(), grad_RI * silu], dim=-1)
+
+    return backward
+
+
+# Router
+
+
+def router_weights_detached(original):
+    return lambda rows, plan, grid, probs, post_norm=None: original(rows, plan, grid, probs.detach(), post_norm)
+
+
+def probabilities_in_the_wrong_order(original):
+    return lambda rows, plan, grid, probs, post_norm=None: original(rows, plan, grid, probs.flip(1), post_norm)
+
+
+def balance_loss_once_per_rank(original):
+    return lambda self, batch: self.grid.world * original(self, batch)
+
+
+def balance_loss_without_graph(original):
+    return lambda self, batch: original(self, batch).detach()
+
+
+def padding_in_the_balance_loss(original):
+    def count(mask_BL, grid, *, position_ids_BL=None):
+        return original(torch.ones_like(mask_BL), grid, position_ids_BL=position_ids_BL)
+
+    return count
+
+
+# The way of the rows
+
+
+def rows_sent_to_the_neighbour(original):
+    """Two experts' positions are exchanged in the plan, not in the weights."""
+
+    def plan(ids_TK, placement, grid):
+        other = torch.where(ids_TK == 0, 1, torch.where(ids_TK == 1, 0, ids_TK))
+        return original(other, placement, grid)
+
+    return plan
+
+
+def gradient_of_the_exchange_not_reversed(original):
+    return lambda ctx, grad: (grad.contiguous(), None, None, None)
+
+
+def last_slot_lost(original):
+    def plan(ids_TK, placement, grid):
+        lost = ids_TK.clone()
+        lost[-1:, -1:] = -1
+        return original(lost, placement, grid)
+
+    return plan
+
+
+def frozen_rank_leaves_the_graph(original):
+    """A rank whose own experts are all frozen thinks that it has no part in the backward."""
+
+    def forward(self, hidden_TH, ids_TK, weights_TK):
+        out = original(self, hidden_TH, ids_TK, weights_TK)
+        return out.detach() if self.trainable is not None and self.trainable.held == 0 else out
+
+    return forward
+
+
+# Loading
+
+
+def last_expert_not_loaded(original):
+    def read(layer, *args):
+        original(layer, *args)
+        for _, parameter, seats in layer.expert_parameters():
+            parameter.data[[s for s, expert in enumerate(seats) if expert == layer.spec.num_experts - 1]] = 0
+
+    return read
+
+
+def every_rank_loads_the_first_experts(original):
+    def read(layer, *args):
+        seat_ids = [span.seat_ids for span in layer.spans()]
+        for span in layer.spans():
+            span.seat_ids = tuple(range(len(span.seat_ids)))
+        original(layer, *args)
+        for span, ids in zip(layer.spans(), seat_ids, strict=True):
+            span.seat_ids = ids
+
+    return read
+
+
+def gate_and_up_exchanged(original):
+    return lambda self, parts: original(self, list(reversed(parts)))
+
+
+# Scale, norm, clipping, decay
+
+
+def loss_is_a_mean(original):
+    def mean(logits, labels):
+        from moe_dist.train.losses import count_labels
+
+        return original(logits, labels) / max(count_labels(labels), 1)
+
+    return mean
+
+
+def labels_not_moved(original):
+    return lambda labels: labels
+
+
+def gradients_averaged_over_ranks(original):
+    return lambda self, loss, *, last: original(self, loss / self.grid.world, last=last)
+
+
+def norm_is_the_mean_of_ranks(original):
+    def norm(self):
+        square = sum(float(p.gradient().double().pow(2).sum()) for p in self._backend.pieces)
+        total = torch.tensor([math.sqrt(square)])
+        dist.all_reduce(total)
+        return total.item() / dist.get_world_size(), False
+
+    return norm
+
+
+def norm_of_this_rank_alone(original):
+    def norm(self):
+        return math.sqrt(sum(float(p.gradient().double().pow(2).sum()) for p in self._backend.pieces)), False
+
+    return norm
+
+
+def norm_without_experts(original):
+    def norm(self):
+        pieces = self._backend.pieces
+        self._backend.pieces = [p for p in pieces if not getattr(p.parameter, "is_expert", False)]
+        try:
+            return original(self)
+        finally:
+            self._backend.pieces = pieces
+
+    return norm
+
+
+def never_clipped(original):
+    return lambda self, norm: None
+
+
+def everything_decays(original):
+    def groups(model, *, weight_decay):
+        return [{**group, "weight_decay": weight_decay} for group in original(model, weight_decay=weight_decay)]
+
+    return groups
+
+
+def frozen_experts_train(original):
+    return lambda model, grid, **options: original(model, grid, **{**options, "trainable": None})
+
+
+def experts_reduced_over_all_ranks(original):
+    """Expert tensors are taken for dense ones: broadcast and reduced over ranks that hold other experts."""
+    return lambda parameter: False
+
+
+def only_the_last_micro_batch(original):
+    def backward(self, loss):
+        early = self._micro_batches < self.accumulation_steps - 1
+        original(self, loss * 0 if early else loss)
+
+    return backward
+
+
+MOE, TRAIN, MODELS = "moe_dist.moe", "moe_dist.train", "moe_dist.models"
+MLP = "moe_dist.ops.grouped_mlp"
+SEAM = f"{TRAIN}.deepspeed_seam"
+
+FAULTS = {
+    "expert gradient x EP": Fault(f"{MLP}:grouped_weight_grad", expert_gradient_times_ep),
+    "expert gradient averaged": Fault(f"{MLP}:grouped_weight_grad", expert_gradient_mean_over_ranks),
+    "expert without rows": Fault(f"{MLP}:grouped_weight_grad", stale_experts_without_rows, FOUR),
+    "swiglu slope": Fault(f"{MLP}:_activation_backward", swiglu_slope_without_its_second_term, ONE_RANK),
+    "router detached": Fault(f"{MOE}.layer:combine", router_weights_detached, ONE_RANK),
+    "probabilities flipped": Fault(f"{MOE}.layer:combine", probabilities_in_the_wrong_order, ONE_RANK),
+    "balance loss x ranks": Fault(f"{TRAIN}.routing:Routing.loss_share", balance_loss_once_per_rank, BALANCED),
+    "balance loss detached": Fault(f"{TRAIN}.routing:Routing.loss_share", balance_loss_without_graph, BALANCED),
+    "balance loss of padding": Fault(f"{MOE}.balance:RealTokens.count", padding_in_the_balance_loss, BALANCED),
+    "rows to another expert": Fault(f"{MOE}.layer:plan_dispatch", rows_sent_to_the_neighbour),
+    "exchange not reversed": Fault(
+        "moe_dist.parallel.collectives:_AllToAll.backward", gradient_of_the_exchange_not_reversed
+    ),
+    "slot lost": Fault(f"{MOE}.layer:plan_dispatch", last_slot_lost, ONE_RANK),
+    "frozen rank leaves": Fault(f"{MOE}.layer:MoEExperts.forward", frozen_rank_leaves_the_graph, ESFT, hangs=True),
+    "expert not loaded": Fault(f"{MODELS}.loading:_read_experts", last_expert_not_loaded),
+    "experts doubled": Fault(f"{MODELS}.loading:_read_experts", every_rank_loads_the_first_experts),
+    "gate and up exchanged": Fault(f"{MODELS}.layout:Concat.join", gate_and_up_exchanged, ONE_RANK),
+    "loss is a mean": Fault("tests.parity.distributed:label_loss_sum", loss_is_a_mean, ONE_RANK),
+    "labels not moved": Fault(f"{TRAIN}.losses:next_labels", labels_not_moved, ONE_RANK),
+    "averaged over ranks": Fault(f"{SEAM}:DeepSpeedBackend.backward", gradients_averaged_over_ranks),
+    "norm averaged": Fault(f"{TRAIN}.engine:Engine._norm_and_flag", norm_is_the_mean_of_ranks),
+    "norm of one rank": Fault(f"{TRAIN}.engine:Engine._norm_and_flag", norm_of_this_rank_alone),
+    "norm without experts": Fault(f"{TRAIN}.engine:Engine._norm_and_flag", norm_without_experts),
+    "never clipped": Fault(f"{TRAIN}.engine:Engine._clip", never_clipped, ONE_RANK),
+    "everything decays": Fault(f"{TRAIN}.engine:parameter_groups", everything_decays, ONE_RANK),
+    "frozen experts train": Fault(f"{MODELS}.loading:swap", frozen_experts_train, ESFT),
+    "experts reduced over all": Fault(f"{TRAIN}.optim:is_expert", experts_reduced_over_all_ranks),
+    "last micro-batch only": Fault(f"{TRAIN}.engine:Engine.backward", only_the_last_micro_batch, ONE_RANK),
+}

@@ -1,0 +1,43 @@
+"""Every planted fault must make the parity comparison fail, and only the fault: the clean cells pass."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.models.tiny import make_folder
+from tests.mutants.faults import FAULTS
+from tests.parity import distributed, plain
+from tests.parity.test_parity import compare
+from tests.pool import RankFailure
+
+
+def train_with(name: str, cell, folder: str) -> dict:
+    with FAULTS[name].planted():
+        return distributed.train(cell, folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    return str(make_folder("qwen3_moe", tmp_path_factory.mktemp("qwen3_moe")))
+
+
+@pytest.mark.parametrize("cell", sorted({fault.cell for fault in FAULTS.values()}, key=str), ids=str)
+def test_the_clean_cell_passes(ranks, folder, cell):
+    compare(cell, ranks(cell.world, distributed.train, cell, folder, timeout=90), plain.train(cell, folder))
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_fault_is_caught(ranks, folder, name):
+    fault = FAULTS[name]
+    expected = plain.train(fault.cell, folder)
+    if fault.hangs:
+        with pytest.raises(RankFailure, match=r"did not answer|failed first"):
+            ranks(fault.cell.world, train_with, name, fault.cell, folder, timeout=10)
+        return
+    results = ranks(fault.cell.world, train_with, name, fault.cell, folder, timeout=90)
+    with pytest.raises(AssertionError):
+        compare(fault.cell, results, expected)
+
+
+def test_there_are_at_least_twenty():
+    assert len(FAULTS) >= 20
