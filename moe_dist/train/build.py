@@ -51,12 +51,14 @@ def plan_model(config: RunConfig, grid: Grid) -> ModelPlan:
         architecture = read_config(folder)
     dtype = getattr(torch, config.model.dtype or "float32")
     skeleton = build_skeleton(architecture, dtype)
+    skeleton.tie_weights(recompute_mapping=False)  # a tied tensor is one parameter, under one name
     layers = swap(skeleton, grid, device="meta")
     routers = [layer.origin.router[0] for _, layer in layers if layer.origin.router is not None]
     selection = select(config.trainable, skeleton, routers)
     placement = _placement(config, layers, selection, grid)
     # Again with the placement now known, so that the skeleton has the spans that the model will have.
     skeleton = build_skeleton(architecture, dtype)
+    skeleton.tie_weights(recompute_mapping=False)
     swap(skeleton, grid, trainable=selection.experts, placement=placement, device="meta")
     return ModelPlan(skeleton, selection, placement, folder)
 

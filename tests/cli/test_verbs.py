@@ -27,6 +27,7 @@ CONFIG = {
             "moe_intermediate_size": 16,
             "num_experts": 4,
             "num_experts_per_tok": 2,
+            "tie_word_embeddings": True,
         },
     },
     "data": {"train": "text.jsonl", "eval": {"held": "text.jsonl"}, "seq_len": 32, "cache_dir": "cache"},
