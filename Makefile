@@ -8,6 +8,7 @@ PYTHON ?= python3
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*)
+CODE := moe_dist tests configs setup.py $(wildcard csrc/*.py benchmarks)
 
 .PHONY: install quickstart test lint format bench parity families clean
 .DELETE_ON_ERROR:
@@ -21,12 +22,12 @@ test: lint
 	$(BIN)/python -m pytest -q
 
 lint: .venv/.package
-	$(BIN)/ruff check moe_dist tests benchmarks setup.py
-	$(BIN)/ruff format --check moe_dist tests benchmarks setup.py
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
 
 format: .venv/.package
-	$(BIN)/ruff check --fix moe_dist tests benchmarks setup.py
-	$(BIN)/ruff format moe_dist tests benchmarks setup.py
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
 
 bench: .venv/.package
 	for name in permute moe_layer loading; do $(BIN)/python -m benchmarks.$$name || exit 1; done
