@@ -83,6 +83,12 @@ def train(config: RunConfig, *, resume: str = "auto", overwrite: bool = False) -
     for line in routing.announce():
         log.say(line)
     log.say(f"resuming {config.run.name} from {found}" if found else f"starting {config.run.name} in {folder}")
+    log.write("data", step, **data.summary)
+    for name, source in data.summary["train"].items():
+        if not source.get("streaming"):
+            log.say(
+                f"data {name}: {source['documents']:,} documents, {source['tokens']:,} tokens, {source['rows']:,} rows"
+            )
 
     def forward(batch: dict) -> torch.Tensor:
         routing.see(batch)
