@@ -43,6 +43,26 @@ def test_the_library_reads_what_was_streamed(tmp_path, monkeypatch, chunk, hand_
         assert torch.equal(read[key], value)
 
 
+def test_a_slow_hash_still_sees_every_chunk_before_the_staging_buffer_is_used_again(tmp_path, monkeypatch):
+    class Slow:
+        def __init__(self):
+            self.real = hashlib.new("sha256")
+
+        def update(self, chunk):
+            time.sleep(0.01)
+            self.real.update(chunk)
+
+        def hexdigest(self):
+            return self.real.hexdigest()
+
+    monkeypatch.setattr(module, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(module, "_HAND_OVER_BYTES", 1)
+    monkeypatch.setattr(module.hashlib, "sha256", Slow)
+    path = tmp_path / "x"
+    record = write_layout(path, lay_out([("strided", torch.arange(200.0)[::2])]))
+    assert record.sha256 == hashlib.new("sha256", path.read_bytes()).hexdigest()
+
+
 def test_every_tensor_is_aligned_to_its_own_size():
     layout = lay_out(example())
     position = len(layout.header)
