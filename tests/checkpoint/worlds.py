@@ -148,7 +148,7 @@ class ThreadGroup:
 
 def on_threads(size: int, work) -> list:
     """`work(group)` on `size` ranks; the result or exception of each. A rank left waiting has a BrokenBarrierError."""
-    barrier, board, results = threading.Barrier(size, timeout=20), [None] * size, [None] * size
+    barrier, board, results = threading.Barrier(size, timeout=60), [None] * size, [None] * size
 
     def run(rank: int) -> None:
         try:
