@@ -19,7 +19,7 @@ import traceback
 from multiprocessing.connection import wait
 
 GRACE = 3.0  # seconds that the other ranks get after one has failed: they may be waiting for it in a collective
-START = 120.0  # seconds for the ranks to import torch and meet
+START = 300.0  # seconds for the ranks to import torch and meet
 
 
 class RankFailure(AssertionError):
