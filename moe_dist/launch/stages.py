@@ -15,10 +15,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 from moe_dist.config.recipe import Recipe, Stage, stage_hashes
 from moe_dist.errors import EXIT_OK, UserError
 from moe_dist.launch.environment import free_port
+from moe_dist.launch.processes import ask_to_stop, kill
 
 # The command line writes its exit code here: the deepspeed launcher ends with 0 when a rank dies of a signal.
 EXIT_FILE = "MOE_DIST_EXIT_FILE"
@@ -85,19 +87,26 @@ def run_recipe(recipe: Recipe, *, resume: str, overwrite: bool, report: Callable
 
 
 def _run(words: list[str], exit_file: Path, stage: Stage) -> int:
-    """Run one stage with its output passed through; SIGTERM to us reaches it."""
+    """Run one stage with its output passed through. SIGTERM or Ctrl-C asks its ranks to stop, a second one kills."""
     exit_file.unlink(missing_ok=True)
-    process = subprocess.Popen(words, env={**os.environ, **stage.env, EXIT_FILE: str(exit_file.absolute())})
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
+    environment = {**os.environ, **stage.env, EXIT_FILE: str(exit_file.absolute())}
+    # In a session of its own, so that Ctrl-C reaches the ranks by us and not the launcher, which would kill them.
+    process = subprocess.Popen(words, env=environment, start_new_session=True)
+    requests = []
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        requests.append(number)
+        if len(requests) == 1:
+            ask_to_stop(process.pid)
+        else:
+            kill(process.pid)
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        while True:
-            try:
-                code = process.wait()
-                break
-            except KeyboardInterrupt:
-                continue  # the terminal has sent Ctrl-C to the stage too, which stops in its own way
+        code = process.wait()
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     if stage.verb is None:
         return code
     # Its own word is worth more than the launcher's: 85 (preempted, saved) arrives here as 1, a killed rank as 0.

@@ -1,10 +1,16 @@
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from moe_dist.config.recipe import Recipe, Stage
 from moe_dist.errors import EXIT_OK, UserError
 from moe_dist.launch.stages import command, describe, run_recipe
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def note(tmp_path, name, *, code=0):
@@ -107,3 +113,61 @@ def test_a_stage_has_its_own_environment(tmp_path, monkeypatch):
     script.write_text("import os, sys\nsys.exit(os.environ['GREETING'] != 'hello')\n")
     stage = Stage(name="e", script=str(script), env={"GREETING": "hello"})
     assert go(Recipe(str(tmp_path / "run"), [stage]))[0] == EXIT_OK
+
+
+def started(tmp_path, stage):
+    """`run_recipe` of one stage in a process of its own, which the test may signal."""
+    recipe = Recipe(str(tmp_path / "run"), [stage])
+    code = (
+        "import sys; from moe_dist.config.recipe import Recipe, Stage; from moe_dist.launch.stages import run_recipe;"
+        f"sys.exit(run_recipe({recipe!r}, resume='auto', overwrite=False, report=print))"
+    )
+    return subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY)
+
+
+def wait_for(path, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path.name} did not appear"
+        time.sleep(0.05)
+
+
+# A launcher that would die of SIGTERM and leave its rank behind, as deepspeed's does.
+LAUNCHER = """
+import os, subprocess, sys
+environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1"}
+sys.exit(subprocess.call([sys.executable, sys.argv[1], sys.argv[2]], env=environment))
+"""
+RANK = """
+import signal, sys, time
+from pathlib import Path
+def stop(number, frame):
+    Path(sys.argv[1], "saved").touch()
+    sys.exit(85)
+signal.signal(signal.SIGTERM, stop if len(sys.argv) < 3 else signal.SIG_IGN)
+Path(sys.argv[1], "ready").touch()
+time.sleep(120)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_request_to_stop_reaches_the_ranks_below_a_launcher(tmp_path, number):
+    (tmp_path / "launcher.py").write_text(LAUNCHER)
+    (tmp_path / "rank.py").write_text(RANK)
+    stage = Stage(name="a", script=str(tmp_path / "launcher.py"), args=[str(tmp_path / "rank.py"), str(tmp_path)])
+    process = started(tmp_path, stage)
+    wait_for(tmp_path / "ready")
+    process.send_signal(number)
+    assert process.wait(60) == 85
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_second_request_kills(tmp_path):
+    (tmp_path / "rank.py").write_text(RANK)
+    process = started(tmp_path, Stage(name="a", script=str(tmp_path / "rank.py"), args=[str(tmp_path), "deaf"]))
+    wait_for(tmp_path / "ready")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 137
