@@ -1,0 +1,126 @@
+"""The products of a span of experts, one expert after the other: the back end of the grouped MLP on a CPU.
+
+What lies between an expert's products (z where it is not kept, the activation, their gradients) lives in a scratch
+buffer of one expert's rows, which stays in the cache and is allocated once a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from moe_dist.ops.swiglu import swiglu, swiglu_backward, swiglu_forward
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Span:
+    """One stack of experts: w_in `[S,F,H]`, w_out `[S,H,I]`, biases `[S,F]` and `[S,H]` or None.
+
+    `counts`: rows of each of the first `len(counts)` seats, in order; later seats get none.
+    """
+
+    w_in: torch.Tensor
+    w_out: torch.Tensor
+    b_in: torch.Tensor | None
+    b_out: torch.Tensor | None
+    counts: list[int]
+
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return self.w_in, self.w_out, self.b_in, self.b_out
+
+    def seats(self) -> Iterator[tuple[int, slice]]:
+        """(seat, its rows) of the seats that have rows."""
+        start = 0
+        for seat, count in enumerate(self.counts):
+            if count:
+                yield seat, slice(start, start + count)
+                start += count
+
+
+def forward(
+    x_RH: torch.Tensor, span: Span, activation: Activation, out: torch.Tensor, out_z: torch.Tensor | None
+) -> None:
+    """y into `out` `[R,H]` and, where wanted, z into `out_z` `[R,F]`."""
+    w_in_S, w_out_S = span.w_in.unbind(), span.w_out.unbind()
+    most = max(span.counts, default=0)
+    z_scratch = x_RH.new_empty(most, span.w_in.shape[1]) if out_z is None else None
+    a_scratch = x_RH.new_empty(most, span.w_out.shape[2])
+    for seat, rows in span.seats():
+        count = rows.stop - rows.start
+        z_RF = z_scratch[:count] if out_z is None else out_z[rows]
+        linear(x_RH[rows], w_in_S[seat], span.b_in, seat, z_RF)
+        a_RI = swiglu_forward(z_RF, out=a_scratch[:count]) if activation is swiglu else activation(z_RF)
+        linear(a_RI, w_out_S[seat], span.b_out, seat, out[rows])
+
+
+def backward(
+    grad_RH: torch.Tensor,
+    x_RH: torch.Tensor | None,
+    z_RF: torch.Tensor | None,
+    span: Span,
+    activation: Activation,
+    grad_x_RH: torch.Tensor | None,
+    grads: list[torch.Tensor | None],
+) -> None:
+    """The gradients of the rows and of w_in, w_out, b_in, b_out into the tensors given, each None where not needed.
+
+    x_RH may be None where neither w_in's gradient nor z (itself None: recomputed) asks for it.
+    """
+    w_in_S, w_out_S = span.w_in.unbind(), span.w_out.unbind()
+    most, inner, width = max(span.counts, default=0), span.w_in.shape[1], span.w_out.shape[2]
+    z_scratch = grad_RH.new_empty(most, inner) if z_RF is None else None
+    grad_z_scratch, a_scratch = grad_RH.new_empty(most, inner), grad_RH.new_empty(most, width)
+    for seat, rows in span.seats():
+        count = rows.stop - rows.start
+        recompute = z_RF is None
+        z = linear(x_RH[rows], w_in_S[seat], span.b_in, seat, z_scratch[:count]) if recompute else z_RF[rows]
+        grad = grad_RH[rows]
+        grad_a = torch.mm(grad, w_out_S[seat], out=a_scratch[:count])
+        if activation is swiglu:
+            a, grad_z = swiglu_backward(grad_a, z, out=grad_a, out_grad=grad_z_scratch[:count])
+        else:
+            a, grad_z = activation_backward(activation, grad_a, z)
+        if grad_x_RH is not None:
+            torch.mm(grad_z, w_in_S[seat], out=grad_x_RH[rows])
+        grad_w_in, grad_w_out, grad_b_in, grad_b_out = (None if g is None else g[seat] for g in grads)
+        if grad_w_in is not None:
+            torch.mm(grad_z.t(), x_RH[rows], out=grad_w_in)
+        if grad_w_out is not None:
+            torch.mm(grad.t(), a, out=grad_w_out)
+        if grad_b_in is not None:
+            grad_b_in.copy_(wide_sum(grad_z))
+        if grad_b_out is not None:
+            grad_b_out.copy_(wide_sum(grad))
+    idle = [seat for seat in range(len(w_in_S)) if seat >= len(span.counts) or not span.counts[seat]]
+    for grad_S in grads:
+        for seat in idle if grad_S is not None else ():
+            grad_S[seat].zero_()
+
+
+def linear(
+    x_RA: torch.Tensor, w_BA: torch.Tensor, b_SB: torch.Tensor | None, seat: int, out: torch.Tensor
+) -> torch.Tensor:
+    """x · wᵀ (+ the seat's bias) into `out`."""
+    if b_SB is None:
+        return torch.mm(x_RA, w_BA.t(), out=out)
+    return torch.addmm(b_SB[seat], x_RA, w_BA.t(), out=out)
+
+
+def activation_backward(
+    activation: Activation, grad_RI: torch.Tensor, z_RF: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the activation again, the gradient of z) of any differentiable activation."""
+    with torch.enable_grad():
+        z_RF = z_RF.detach().requires_grad_()
+        a_RI = activation(z_RF)
+        (grad_RF,) = torch.autograd.grad(a_RI, z_RF, grad_RI)
+    return a_RI.detach(), grad_RF
+
+
+def wide_sum(grad_RB: torch.Tensor) -> torch.Tensor:
+    """The sum of the rows, in float32 or wider."""
+    return grad_RB.sum(dim=0, dtype=torch.promote_types(grad_RB.dtype, torch.float32))
