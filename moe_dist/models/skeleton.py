@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -52,8 +53,9 @@ def make_config(values: dict, *, where: str, folder: Path | None = None) -> PreT
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The transformers class that a configuration names, else its causal language model, else its base model."""
+    code = import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
     for name in config.architectures or ():
-        found = getattr(transformers, name, None)
+        found = getattr(transformers, name, None) or getattr(code, name, None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
             return found
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel):

@@ -1,0 +1,57 @@
+"""`python -m tests.families [FAMILY ...] [--json FILE]`: every MoE family of the installed transformers, as a table.
+
+Each gets a tiny random model: loaded at EP = 2, outputs and gradients compared with plain transformers, exported and
+compared bit for bit. Exit status 1 below 90 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+import transformers
+
+from tests.families.check import RANKS, Result, as_json, check
+from tests.families.tiny import experts_classes
+from tests.pool import RankPool
+
+GOAL = 0.9
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.families", description=__doc__.splitlines()[0])
+    parser.add_argument("families", nargs="*", help="only these (all)")
+    parser.add_argument("--json", type=Path, help="also write the table there")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+
+    wanted = [pair for pair in experts_classes() if not args.families or pair[0] in args.families]
+    results: list[Result] = []
+    pool = RankPool(RANKS)
+    print(f"transformers {transformers.__version__}: {len(wanted)} experts classes")
+    print(f"{'family':22} {'model':42} {'output':>8} {'gradient':>8}  result", flush=True)
+    try:
+        for family, experts in wanted:
+            with tempfile.TemporaryDirectory() as folder:
+                result = check(family, experts, Path(folder), pool)
+            results.append(result)
+            verdict = "ok" if result.stage is None else f"FAILED at {result.stage}: {result.reason}"
+            print(f"{family:22} {result.model:42} {result.output:8.1e} {result.gradient:8.1e}  {verdict}", flush=True)
+    finally:
+        pool.close()
+    passed = sum(result.stage is None for result in results)
+    print(f"{passed} of {len(results)} pass ({passed / len(results):.0%}, goal {GOAL:.0%})")
+    if args.json:
+        args.json.write_text(as_json(results) + "\n")
+    return 0 if passed >= GOAL * len(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""One family through the whole way: load, outputs and gradients at EP = 2 against transformers, export to the bit."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from moe_dist.models import export_model, load_model
+from moe_dist.parallel.grid import build_grid
+from tests.families.tiny import VOCAB, tiny_model
+from tests.models.compare import file_tensors, pairs, same_bits
+from tests.pool import RankFailure, RankPool
+
+TOLERANCE = 2e-6
+FLOOR = 1e-5  # a gradient below this share of the whole gradient's norm is compared on that scale: it is rounding
+NOISE = 4.0
+RANKS = 2
+TIMEOUT = 600.0
+
+
+@dataclass
+class Result:
+    """What came of one family. `stage` is where it failed, None where it passed."""
+
+    family: str
+    experts: str
+    model: str = ""
+    output: float = 0.0
+    gradient: float = 0.0
+    seconds: float = 0.0
+    stage: str | None = None
+    reason: str = ""
+
+
+def check(family: str, experts: str, folder: Path, pool: RankPool) -> Result:
+    """Run all stages; a failure is part of the result."""
+    result, started = Result(family, experts), time.monotonic()
+    try:
+        result.stage = "build"
+        stock = tiny_model(family, experts)
+        result.model = type(stock).__name__
+        result.stage = "save"
+        stock.save_pretrained(folder / "in")
+        result.stage = "load"
+        answers = pool.run(compare, family, result.model, folder / "in", folder / "out", timeout=TIMEOUT)
+        result.stage, result.reason = min(((a[2], a[3]) for a in answers), key=lambda a: a[0] is None)
+        result.output, result.gradient = max(a[0] for a in answers), max(a[1] for a in answers)
+        if result.stage is None:
+            result.stage = "export"
+            same_bits(file_tensors(folder / "out"), file_tensors(folder / "in"))
+            again = type(stock).from_pretrained(folder / "out")
+            same_bits(again.state_dict(), type(stock).from_pretrained(folder / "in").state_dict())
+            result.stage = None
+    except RankFailure as failure:
+        result.reason = str(failure).strip().splitlines()[-1]
+    except Exception as error:
+        result.reason = _line(error)
+    result.seconds = time.monotonic() - started
+    return result
+
+
+def compare(family: str, model: str, folder: Path, out: Path) -> tuple[float, float, str | None, str]:
+    """On each rank: (worst distance of outputs, of gradients, stage of a failure or None, why)."""
+    output = gradient = 0.0
+    stage = "load"
+    try:
+        grid = build_grid(expert=RANKS)
+        code = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        stock = getattr(code, model).from_pretrained(folder)
+        ours = load_model(folder, grid)
+        stage = "output"
+        ids = torch.randint(3, VOCAB, (RANKS, 12), generator=torch.Generator().manual_seed(1))
+        mine = _forward(ours, ids[grid.rank : grid.rank + 1])
+        # Row by row like the ranks, so that what is compared is not the rounding of products of another shape.
+        theirs = [_forward(stock, row[None]) for row in ids]
+        output = _distance(mine, theirs[grid.rank], 0.0)
+        assert output <= TOLERANCE, f"outputs differ by {output:.1e}"
+        stage = "gradient"
+        weight = torch.randn(RANKS, *mine.shape, generator=torch.Generator().manual_seed(2))
+        (mine * weight[grid.rank]).sum().backward()
+        for row, expected in enumerate(theirs):
+            (expected * weight[row]).sum().backward()
+        for parameter in ours.parameters():
+            if not hasattr(parameter, "is_expert"):
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                dist.all_reduce(parameter.grad)
+        grads = [parameter.grad for parameter in stock.parameters() if parameter.grad is not None]
+        floor = FLOOR * torch.stack([grad.double().norm() for grad in grads]).norm().item()
+        distances = {name: _distance(a, b, floor) for name, a, b in pairs(ours, stock, grad=True)}
+        gradient = max(distances.values())
+        over = {name: distance for name, distance in distances.items() if distance > TOLERANCE}
+        # Some dense gradients are sums that all but cancel. Where ours is off by more than the tolerance, it must not
+        # be off by much more than transformers is from itself when it computes its experts in its other way.
+        if _any_rank(bool(over)):
+            noise = _own_noise(stock, ids, weight, over, floor)
+            beyond = [name for name in over if over[name] > NOISE * noise.get(name.partition("[")[0], 0.0)]
+            assert not beyond, f"gradient of {beyond[0]} differs by {over[beyond[0]]:.1e}"
+        stage = "export"
+        export_model(ours, out)
+        stage = None
+    except Exception as error:
+        return output, gradient, stage, _line(error)
+    return output, gradient, None, ""
+
+
+def _any_rank(flag: bool) -> bool:
+    found = torch.tensor(int(flag))
+    dist.all_reduce(found)
+    return bool(found)
+
+
+def _own_noise(
+    stock: torch.nn.Module, ids: torch.Tensor, weight: torch.Tensor, names, floor: float
+) -> dict[str, float]:
+    """How far the gradients `names` move when transformers runs its experts eagerly instead of grouped."""
+    parameters = dict(stock.named_parameters())
+    before = {name: parameters[name].grad for name in names if name in parameters}
+    stock.zero_grad(set_to_none=True)
+    stock.set_experts_implementation("eager")
+    for row, row_weight in zip(ids, weight, strict=True):
+        (_forward(stock, row[None]) * row_weight).sum().backward()
+    return {name: _distance(parameters[name].grad, grad, floor) for name, grad in before.items()}
+
+
+def _forward(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    out = model(input_ids=ids, use_cache=False)
+    return (out.logits if getattr(out, "logits", None) is not None else out.last_hidden_state).float()
+
+
+def _distance(ours: torch.Tensor, theirs: torch.Tensor, floor: float) -> float:
+    ours, theirs = ours.detach().double(), theirs.detach().double()
+    scale = max(theirs.norm().item(), floor)
+    return (ours - theirs).norm().item() / (scale or 1.0)
+
+
+def _line(error: Exception) -> str:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"{text[:200]} ({Path(where.filename).name}:{where.lineno})"
+
+
+def as_json(results: list[Result]) -> str:
+    return json.dumps([vars(result) for result in results], indent=1)
