@@ -55,7 +55,8 @@ class DeepSpeedBackend:
             _mark_experts(model, grid)
         make = _ReducedMasterAdamW if zero_stage == 0 else torch.optim.AdamW
         self.optimizer = make(groups, **hyper)
-        config = _config(zero_stage, precision, reduce_bucket_size)
+        trained = sum(parameter.numel() for group in groups for parameter in group["params"])
+        config = _config(zero_stage, precision, min(reduce_bucket_size, trained))
         with _expert_layers_announced(model, grid, any(group["expert"] for group in groups)):
             logger = deepspeed.utils.logger
             logger.setLevel(logging.ERROR)  # it warns of settings that are meant
@@ -134,6 +135,15 @@ class DeepSpeedBackend:
 
     def close(self) -> None:
         self.engine.destroy()
+        self.engine.module_forward_pre_hook.remove()
+        self.engine.module_forward_post_hook.remove()
+        if self.stage == 0:
+            self.optimizer.close()
+        if self.stage == 3:
+            # DeepSpeed has put its own `linear` in the place of torch's, for good.
+            from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
+
+            torch.nn.functional.linear = InsertPostInitMethodToModuleSubClasses.linear_bk
 
     # Who owns what
 
@@ -221,7 +231,9 @@ def import_deepspeed(grid: Grid):
     none), without building its shared-memory collectives (which wants a compiler, takes half a minute and leaves files
     in /dev/shm)."""
     os.environ.setdefault("DS_ACCELERATOR", grid.device.type)
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+    # Without LOCAL_SIZE it starts `numactl` at every reduction of stage 3, to count the machine's "CPU devices".
+    local_size = os.environ.get("LOCAL_WORLD_SIZE", str(grid.world))
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_SIZE", local_size)):
         os.environ.setdefault(name, value)
     if not dist.is_initialized():
         assert grid.world == 1

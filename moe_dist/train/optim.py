@@ -43,6 +43,7 @@ class MasterAdamW(torch.optim.AdamW):
 
     def __init__(self, groups: Iterable[dict], **hyper):
         self.masters: dict[nn.Parameter, torch.Tensor] = {}
+        self._hooks = []
         own = []
         for group in groups:
             params = [self._master_of(parameter) for parameter in group["params"]]
@@ -53,7 +54,7 @@ class MasterAdamW(torch.optim.AdamW):
         master = parameter
         if parameter.dtype != torch.float32:
             master = parameter.detach().float().requires_grad_()
-            parameter.register_post_accumulate_grad_hook(self._collect)
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(self._collect))
         self.masters[parameter] = master
         return master
 
@@ -78,6 +79,11 @@ class MasterAdamW(torch.optim.AdamW):
         for parameter, master in self.masters.items():
             if master is not parameter:
                 parameter.copy_(master)
+
+    def close(self) -> None:
+        """Take the hooks off the parameters."""
+        for hook in self._hooks:
+            hook.remove()
 
 
 def create_state(optimizer: torch.optim.Optimizer, flat: torch.Tensor) -> None:

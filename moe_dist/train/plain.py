@@ -39,4 +39,4 @@ class PlainBackend:
         return contextlib.nullcontext()
 
     def close(self) -> None:
-        pass
+        self.optimizer.close()

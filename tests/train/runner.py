@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 
+from moe_dist.models.recompute import enable_recompute
 from moe_dist.parallel.grid import build_grid
 from moe_dist.train.engine import Engine, build_engine
 from tests.train import toy
@@ -23,6 +26,10 @@ class Case:
     trainable: list = field(default_factory=lambda: EVERY)
     dense_trains: bool = True
     shunned: tuple = ()
+    tied: bool = False
+    empty: tuple = ()
+    recompute: bool = False
+    evaluate: bool = False
     accumulation: int = 1
     clip_norm: float | None = 0.5
     bucket: int = 300
@@ -31,9 +38,14 @@ class Case:
 
 def build(case: Case, weights=None) -> Engine:
     """Collective: the toy model under an engine."""
+    gc.freeze()  # ZeRO 3 collects garbage at its start; without the imported modules that is quick
     grid = build_grid(expert=case.ep)
     weights = toy.full_weights() if weights is None else weights
-    model = toy.parallel_model(weights, grid, case.trainable, dense_trains=case.dense_trains, shunned=case.shunned)
+    model = toy.parallel_model(
+        weights, grid, case.trainable, dense_trains=case.dense_trains, shunned=case.shunned, tied=case.tied
+    )
+    if case.recompute:
+        enable_recompute(model)
     return build_engine(
         model,
         grid,
@@ -47,13 +59,32 @@ def build(case: Case, weights=None) -> Engine:
     )
 
 
-def accumulate(engine: Engine, row) -> None:
-    """This rank's micro-batches of one step: row[rank·accumulation + m]."""
+def accumulate(engine: Engine, row, fault: str | None = None) -> None:
+    """This rank's micro-batches of one step: row[rank·accumulation + m]. A fault is in the first of them."""
     labels = toy.label_count(row)
     first = engine.grid.rank * engine.accumulation_steps
     for ids_T, labels_T in row[first : first + engine.accumulation_steps]:
         logits_TV = engine.forward(ids_T=ids_T)
-        engine.backward(toy.loss_sum(logits_TV, labels_T) / labels)
+        loss = toy.loss_sum(logits_TV, labels_T) / labels
+        engine.backward(FAULTS[fault](loss, logits_TV) if fault else loss)
+        fault = None
+
+
+FAULTS = {
+    "loss is nan": lambda loss, logits_TV: loss * float("nan"),
+    # The constant has no gradient: only the loss tells.
+    "loss alone is inf": lambda loss, logits_TV: loss + float("inf"),
+    # The root's slope at zero is infinite, times zero is nan: only the gradient tells.
+    "gradient alone is nan": lambda loss, logits_TV: loss + (logits_TV.sum() * 0).abs().sqrt(),
+}
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, row) -> None:
+    """A forward pass that must not disturb training."""
+    engine.module.eval()
+    engine.forward(ids_T=row[engine.grid.rank][0])
+    engine.module.train()
 
 
 def packed(fragments) -> list[tuple]:
@@ -80,10 +111,12 @@ def assembled(ranks: list[list[tuple]]) -> dict[tuple[str, int], torch.Tensor]:
 def train(case: Case, steps: int = 3) -> dict:
     """On each rank: losses and norms of all steps, gradients of the first, masters and moments after the last."""
     engine = build(case)
-    rows = toy.batches(steps, engine.grid.world * case.accumulation)
+    rows = toy.batches(steps, engine.grid.world * case.accumulation, empty=case.empty)
     norms, gradients = [], None
     for row, rate in zip(rows, RATES, strict=False):
         accumulate(engine, row)
+        if case.evaluate:
+            evaluate(engine, row)
         if gradients is None:
             gradients = packed(engine.gradients())
         norms.append(engine.step(rate).grad_norm)
@@ -98,7 +131,7 @@ def train(case: Case, steps: int = 3) -> dict:
 
 def train_plain(case: Case, micro_batches: int, steps: int = 3) -> dict:
     """The same training by one plain torch process: (name, expert) -> flat tensor for each of the kinds."""
-    model = toy.plain_model(toy.full_weights(), case.shunned)
+    model = toy.plain_model(toy.full_weights(), shunned=case.shunned, tied=case.tied)
     kept = {}
     for name, parameter in model.named_parameters():
         for expert in range(toy.EXPERTS) if ".experts." in name else (-1,):
@@ -117,7 +150,7 @@ def train_plain(case: Case, micro_batches: int, steps: int = 3) -> dict:
         eps=HYPER["eps"],
     )
     norms, gradients = [], None
-    for row, rate in zip(toy.batches(steps, micro_batches), RATES, strict=False):
+    for row, rate in zip(toy.batches(steps, micro_batches, empty=case.empty), RATES, strict=False):
         model.zero_grad()
         for ids_T, labels_T in row:
             (toy.loss_sum(model(ids_T=ids_T), labels_T) / toy.label_count(row)).backward()
@@ -169,3 +202,53 @@ def load_and_return(case: Case, tensors: dict, adam_step: int) -> dict:
     state = state_of(engine)
     engine.close()
     return state
+
+
+def steps_with(case: Case, faults: dict[int, str], skip: Iterable[int] = ()) -> dict:
+    """Three steps; `faults[s]` spoils step s on one rank, steps in `skip` do not happen. The state after each."""
+    engine = build(case)
+    rows = toy.batches(3, engine.grid.world * case.accumulation)
+    states, skipped, norms = [], [], []
+    for step, row in enumerate(rows):
+        if step in skip:
+            continue
+        fault = faults.get(step) if engine.grid.rank == engine.grid.world - 1 else None
+        accumulate(engine, row, fault)
+        result = engine.step(RATES[step])
+        skipped.append(result.skipped)
+        norms.append(result.grad_norm)
+        states.append(state_of(engine))
+    counted = engine.steps, engine.skipped_steps
+    engine.close()
+    return {"states": states, "skipped": skipped, "norms": norms, "counted": counted}
+
+
+def resumed(case: Case) -> tuple[dict, dict]:
+    """The state after three steps in one go, and after one, a move into a fresh engine, and two more."""
+    rows = toy.batches(3, build_grid(expert=case.ep).world * case.accumulation)
+    whole = build(case)
+    for row, rate in zip(rows, RATES, strict=True):
+        accumulate(whole, row)
+        whole.step(rate)
+    expected = state_of(whole)
+    whole.close()
+
+    engine = build(case)
+    accumulate(engine, rows[0])
+    engine.step(RATES[0])
+    kept = {kind: list(engine.fragments(kind)) for kind in ("weights", "exp_avg", "exp_avg_sq")}
+    fresh = build(case, toy.full_weights(seed=5))
+    own = {(kind, f.name, f.expert, f.offset): f.tensor for kind in kept for f in kept[kind]}
+
+    def read(kind, places):
+        # Same layout, and stages 1 to 3 hold what they own: the ranges come back as they were cut.
+        return (own[kind, place.range.name, place.range.expert, place.range.offset] for place in places)
+
+    fresh.load_fragments(read, adam_step=engine.adam_step)
+    engine.close()
+    for row, rate in zip(rows[1:], RATES[1:], strict=True):
+        accumulate(fresh, row)
+        fresh.step(rate)
+    found = state_of(fresh)
+    fresh.close()
+    return expected, found

@@ -46,11 +46,13 @@ class Layer(nn.Module):
 
 
 class Toy(nn.Module):
-    def __init__(self, experts: list[nn.Module], shunned: tuple[int, ...] = ()):
+    def __init__(self, experts: list[nn.Module], shunned: tuple[int, ...] = (), tied: bool = False):
         super().__init__()
         self.embed = nn.Embedding(VOCAB, HIDDEN)
         self.layers = nn.ModuleList(Layer(module, shunned) for module in experts)
         self.head = nn.Linear(HIDDEN, VOCAB)
+        if tied:
+            self.head.weight = self.embed.weight
 
     def forward(self, ids_T):
         x_TH = self.embed(ids_T)
@@ -60,7 +62,7 @@ class Toy(nn.Module):
 
 
 def full_weights(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Name -> tensor of the plain model, experts stacked `[E, ...]`. Biases are random: a zero has no relative error."""
+    """Name -> tensor of the plain model, experts stacked `[E, ...]`. Random biases: a zero has no relative error."""
     generator = torch.Generator().manual_seed(seed)
     model = Toy([PlainExperts() for _ in range(LAYERS)])
     return {
@@ -68,9 +70,9 @@ def full_weights(seed: int = 0) -> dict[str, torch.Tensor]:
     }
 
 
-def plain_model(weights: dict[str, torch.Tensor], shunned: tuple[int, ...] = ()) -> Toy:
-    model = Toy([PlainExperts() for _ in range(LAYERS)], shunned)
-    model.load_state_dict(weights)
+def plain_model(weights: dict[str, torch.Tensor], *, shunned: tuple[int, ...] = (), tied: bool = False) -> Toy:
+    model = Toy([PlainExperts() for _ in range(LAYERS)], shunned, tied)
+    model.load_state_dict(weights | {"head.weight": weights["embed.weight" if tied else "head.weight"]})
     return model
 
 
@@ -81,10 +83,11 @@ def parallel_model(
     *,
     dense_trains: bool = True,
     shunned: tuple[int, ...] = (),
+    tied: bool = False,
 ) -> Toy:
     """This rank's share of the model; `trainable[l]` are the expert ids of layer l that train."""
     experts = [MoEExperts(SPEC, contiguous(EXPERTS, ranks=grid.expert, trainable=ids), grid) for ids in trainable]
-    model = Toy(experts, shunned)
+    model = Toy(experts, shunned, tied)
     dense = dict(model.named_parameters())
     with torch.no_grad():
         for index, layer in enumerate(experts):
@@ -99,14 +102,19 @@ def parallel_model(
     return model
 
 
-def batches(steps: int, micro_batches: int, seed: int = 1) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """[step][micro-batch] -> (ids_T, labels_T), −100 = no label. Lengths and label counts all differ."""
+def batches(
+    steps: int, micro_batches: int, *, empty: tuple[int, ...] = (), seed: int = 1
+) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """[step][micro-batch] -> (ids_T, labels_T), −100 = no label. Lengths and label counts all differ.
+
+    `empty`: micro-batches without a single token.
+    """
     generator = torch.Generator().manual_seed(seed)
     made = []
     for step in range(steps):
         row = []
         for index in range(micro_batches):
-            length = 5 + (3 * index + step) % 7
+            length = 0 if index in empty else 5 + (3 * index + step) % 7
             ids_T = torch.randint(VOCAB, (length,), generator=generator)
             labels_T = torch.randint(VOCAB, (length,), generator=generator)
             labels_T[: (index + step) % 4] = -100
