@@ -7,7 +7,6 @@ from functools import cache
 
 import pytest
 import torch
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from moe_dist.errors import UserError
 from moe_dist.moe import balance
@@ -185,6 +184,9 @@ def test_a_sequence_is_a_document_where_positions_say_so(ranks):
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("padding", ["none", "some"])
 def test_hf_is_transformers_own_function(ranks, padding, world):
+    # Imported here, so that the ranks, which import this file, need not wait for transformers.
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
     case = Case(padding=padding)
     results = ranks(world, shares_on_a_rank, case, "hf")
     data = problem(case, 0)
