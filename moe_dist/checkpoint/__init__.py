@@ -8,7 +8,6 @@ from moe_dist.checkpoint.group import SINGLE, Group, TorchGroup
 from moe_dist.checkpoint.reader import Checkpoint, open_checkpoint
 from moe_dist.checkpoint.resume import Entry, Found, find_latest, ls
 from moe_dist.checkpoint.retention import pin, prune
-from moe_dist.checkpoint.rng import restore_rng_state, rng_state
 from moe_dist.checkpoint.verify import Problem, Report, verify
 from moe_dist.checkpoint.writer import save
 
@@ -35,8 +34,6 @@ __all__ = [
     "open_checkpoint",
     "pin",
     "prune",
-    "restore_rng_state",
-    "rng_state",
     "save",
     "split_flat",
     "verify",

@@ -4,7 +4,7 @@
       latest                      the name of the newest folder, moved last
       step-40/
         rank-00000.safetensors    the fragments that rank 0 owned: flat 1-D tensors
-        rank-00000.json           what each of them is a piece of; the rank's own state (random numbers)
+        rank-00000.json           what each of them is a piece of
         tensors.json              every tensor held, its shape and expert ids; the base model's fingerprint
         trainer_state.json        step, sampler, schedule, optimizer step, config hash, ...
         manifest.json             size and sha256 of every file above and of itself; written last

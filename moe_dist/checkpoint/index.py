@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moe_dist.checkpoint.errors import CheckpointError
 from moe_dist.checkpoint.format import Manifest, check_plain_name, decode, encode, index_file, read_json
@@ -29,7 +28,7 @@ class Stored:
         return f"{self.kind}/{at.name}{expert}@{at.offset}"
 
 
-def encode_index(rank: int, file: str, stored: Sequence[Stored], rank_state: Mapping[str, Any]) -> bytes:
+def encode_index(rank: int, file: str, stored: Sequence[Stored]) -> bytes:
     fragments = [
         {
             "kind": piece.kind,
@@ -41,12 +40,12 @@ def encode_index(rank: int, file: str, stored: Sequence[Stored], rank_state: Map
         }
         for piece in stored
     ]
-    value = {"rank": rank, "file": file, "rank_state": rank_state, "fragments": fragments}
+    value = {"rank": rank, "file": file, "fragments": fragments}
     return encode(value, where=f"index of rank {rank}")
 
 
-def decode_index(data: bytes, *, where: str) -> tuple[list[Stored], dict[str, Any]]:
-    """The fragments and the rank's state. A file name that leaves the folder is refused, so is a negative offset."""
+def decode_index(data: bytes, *, where: str) -> list[Stored]:
+    """The fragments. A file name that leaves the folder is refused, so is a negative offset."""
     value = decode(data, where=where)
     try:
         file = check_plain_name(value["file"], where=where)
@@ -59,7 +58,6 @@ def decode_index(data: bytes, *, where: str) -> tuple[list[Stored], dict[str, An
             )
             for entry in value["fragments"]
         ]
-        rank_state = dict(value["rank_state"])
     except CheckpointError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -67,14 +65,14 @@ def decode_index(data: bytes, *, where: str) -> tuple[list[Stored], dict[str, An
     for piece in stored:
         if piece.range.offset < 0 or piece.range.length < 1 or piece.range.expert < NOT_EXPERT:
             raise CheckpointError(f"{where}: impossible fragment {piece.kind} of {piece.range}")
-    return stored, rank_state
+    return stored
 
 
-def read_index(folder: Path, manifest: Manifest, rank: int) -> tuple[list[Stored], dict[str, Any]]:
+def read_index(folder: Path, manifest: Manifest, rank: int) -> list[Stored]:
     """The index that one of the writing ranks left; the file that it speaks of is one that the manifest lists."""
     name = index_file(rank)
-    stored, rank_state = decode_index(read_json(folder, manifest, name), where=f"{folder}/{name}")
+    stored = decode_index(read_json(folder, manifest, name), where=f"{folder}/{name}")
     for piece in stored:
         if piece.file not in manifest.files:
             raise CheckpointError(f"{folder}/{name}: speaks of {piece.file}, which the manifest does not list")
-    return stored, rank_state
+    return stored

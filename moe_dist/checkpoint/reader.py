@@ -6,7 +6,6 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -35,8 +34,8 @@ _TORCH_DTYPES = {text: dtype for dtype, text in DTYPES.items()}
 class Checkpoint:
     """An open checkpoint; use it in a `with`.
 
-    Attributes: path, step, world (ranks that wrote it), trainer_state, rank_states (one for each writing rank, for a
-    resume with as many ranks), catalogue (name -> TensorInfo), frozen (FrozenBase or None).
+    Attributes: path, step, world (ranks that wrote it), trainer_state, catalogue (name -> TensorInfo), frozen
+    (FrozenBase or None).
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
@@ -45,12 +44,9 @@ class Checkpoint:
         self.world = manifest.world
         self.trainer_state = decode(read_json(path, manifest, TRAINER_STATE), where=f"{path}/{TRAINER_STATE}")
         self.catalogue, self.frozen = decode_tensors(read_json(path, manifest, TENSORS), where=f"{path}/{TENSORS}")
-        self.rank_states: list[dict[str, Any]] = []
         pieces: dict[tuple[str, str, int], list[Stored]] = defaultdict(list)
         for rank in range(manifest.world):
-            stored, rank_state = read_index(path, manifest, rank)
-            self.rank_states.append(rank_state)
-            for piece in stored:
+            for piece in read_index(path, manifest, rank):
                 pieces[piece.kind, piece.range.name, piece.range.expert].append(piece)
         self._pieces = {key: sorted(found, key=lambda p: p.range.offset) for key, found in pieces.items()}
         self._files: dict[str, TensorFile] = {}

@@ -111,7 +111,7 @@ def _check_contents(path: Path, manifest: Manifest, group: Group, damaged: set[s
     problems, by_file = [], defaultdict(list)
     for rank in range(manifest.world):
         try:
-            for piece in read_index(path, manifest, rank)[0]:
+            for piece in read_index(path, manifest, rank):
                 by_file[piece.file].append(piece)
         except CheckpointError as error:
             problems.append(Problem(index_file(rank), str(error)))

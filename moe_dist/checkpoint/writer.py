@@ -62,7 +62,6 @@ def save(
     *,
     catalogue: Mapping[str, TensorInfo],
     frozen: FrozenBase | None = None,
-    rank_state: Mapping[str, Any] | None = None,
     group: Group = SINGLE,
     visible_within_s: float = 60.0,
 ) -> Path:
@@ -70,16 +69,14 @@ def save(
 
     fragments: kind ("weights", "exp_avg", "exp_avg_sq", "buffers") -> the pieces that *this* rank owns, 1-D, on any
     device. Over all ranks they must make up each tensor of `catalogue`, the same on all ranks, exactly once.
-    trainer_state: JSON values, rank 0's are stored. rank_state: JSON values of this rank (random numbers).
+    trainer_state: JSON values, rank 0's are stored.
     frozen: where the weights that do not train are; they are not copied.
 
     A folder of the same step is replaced. Raises CheckpointError (NoSpaceError: disk full) on every rank alike, with
     nothing of this step left behind and older checkpoints untouched.
     """
     assert step >= 0, step
-    task = _Save(
-        Path(root), step, fragments, trainer_state, catalogue, frozen, rank_state or {}, group, visible_within_s
-    )
+    task = _Save(Path(root), step, fragments, trainer_state, catalogue, frozen, group, visible_within_s)
     what = f"checkpoint step {step} was not saved"
     lead = group.rank == 0
 
@@ -113,7 +110,6 @@ class _Save:
     trainer_state: Mapping[str, Any]
     catalogue: Mapping[str, TensorInfo]
     frozen: FrozenBase | None
-    rank_state: Mapping[str, Any]
     group: Group
     patience_s: float
 
@@ -128,7 +124,7 @@ class _Save:
                 stored.append(entry)
                 named.append((entry.key, piece.tensor))
         self.layout = lay_out(named)
-        self.index = encode_index(self.group.rank, file, stored, self.rank_state)
+        self.index = encode_index(self.group.rank, file, stored)
         tensors = encode_tensors(self.catalogue, self.frozen)
         size = self.layout.bytes + len(self.index)
         if self.group.rank == 0:
@@ -185,7 +181,7 @@ class _Save:
         stored = []
         for rank in range(self.group.size):
             name = index_file(rank)
-            stored += decode_index((folder / name).read_bytes(), where=name)[0]
+            stored += decode_index((folder / name).read_bytes(), where=name)
         problems = coverage_problems(self.catalogue, stored)
         if problems:
             more = len(problems) - _PROBLEMS_SHOWN

@@ -13,8 +13,6 @@ from moe_dist.checkpoint import (
     find_latest,
     open_checkpoint,
     prune,
-    restore_rng_state,
-    rng_state,
     save,
     writer,
 )
@@ -23,13 +21,12 @@ from tests.checkpoint.worlds import KINDS, World, catalogue, truth
 
 def save_on_rank(root: str, step: int, layout: tuple[int, int]) -> str:
     group, world = TorchGroup(), World(*layout)
-    torch.manual_seed(group.rank)
     pieces = world.fragments(group.rank, truth())
     state = {"step": step}
-    return str(save(root, step, pieces, state, catalogue=catalogue(), rank_state=rng_state(), group=group))
+    return str(save(root, step, pieces, state, catalogue=catalogue(), group=group))
 
 
-def load_on_rank(root: str, layout: tuple[int, int]) -> tuple[str, bool, list[float]]:
+def load_on_rank(root: str, layout: tuple[int, int]) -> tuple[str, bool]:
     group, world = TorchGroup(), World(*layout, seed=3)
     found = find_latest(root, group=group)
     with open_checkpoint(found.path) as checkpoint:
@@ -39,8 +36,7 @@ def load_on_rank(root: str, layout: tuple[int, int]) -> tuple[str, bool, list[fl
             flat = torch.zeros_like(whole)
             checkpoint.fill(kind, world.places(group.rank), flat)
             equal = equal and torch.equal(flat, whole)
-        restore_rng_state(checkpoint.rank_states[group.rank % checkpoint.world])
-    return found.path.name, equal, torch.rand(2).tolist()
+    return found.path.name, equal
 
 
 @pytest.mark.parametrize(
@@ -49,10 +45,7 @@ def load_on_rank(root: str, layout: tuple[int, int]) -> tuple[str, bool, list[fl
 def test_what_some_ranks_wrote_any_other_number_reads(ranks, tmp_path, written, read):
     size, other = written[0] * written[1], read[0] * read[1]
     assert set(ranks(size, save_on_rank, str(tmp_path), 5, written)) == {str(tmp_path / "step-5")}
-    for rank, (name, equal, numbers) in enumerate(ranks(other, load_on_rank, str(tmp_path), read)):
-        assert (name, equal) == ("step-5", True)
-        torch.manual_seed(rank % size)
-        assert numbers == torch.rand(2).tolist()
+    assert set(ranks(other, load_on_rank, str(tmp_path), read)) == {("step-5", True)}
 
 
 def fail_on_rank(root: str, victim: int) -> tuple[str, str]:

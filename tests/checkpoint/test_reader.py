@@ -112,21 +112,19 @@ def test_other_dtypes_come_back_as_they_were(tmp_path):
             assert torch.equal(checkpoint.tensor("buffers", name), value)
 
 
-def test_state_of_the_trainer_and_of_each_rank_comes_back(tmp_path):
+def test_the_state_of_the_trainer_comes_back(tmp_path):
     from tests.checkpoint.worlds import on_threads
 
     world, values = World(2, 1), truth()
     state = {"step": 7, "lr": 0.1 + 0.2, "big": 1 << 70, "nested": {"a": [1, None, True, "\u00e9"]}}
 
     def work(group):
-        mine = {"rng": f"{group.rank:08x}"}
         pieces = world.fragments(group.rank, values)
-        return save(tmp_path, 7, pieces, state, catalogue=catalogue(), rank_state=mine, group=group)
+        return save(tmp_path, 7, pieces, state, catalogue=catalogue(), group=group)
 
     with open_checkpoint(on_threads(2, work)[0]) as checkpoint:
         assert checkpoint.trainer_state == state
         assert (checkpoint.step, checkpoint.world) == (7, 2)
-        assert checkpoint.rank_states == [{"rng": "00000000"}, {"rng": "00000001"}]
 
 
 def test_a_hole_in_the_index_names_tensor_and_range(path):
