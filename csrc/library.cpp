@@ -7,10 +7,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <optional>
 #include <string>
 #include <tuple>
@@ -36,7 +32,8 @@ Dtype dtype_of(const Tensor& tensor) {
 }
 
 Matrix matrix_of(const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && (tensor.stride(1) == 1 || tensor.size(1) <= 1), "dense columns expected");
+  STD_TORCH_CHECK(
+      tensor.dim() == 2 && (tensor.stride(1) == 1 || tensor.size(1) <= 1 || tensor.numel() == 0), "dense columns expected");
   return {static_cast<char*>(tensor.data_ptr()), tensor.stride(0) * static_cast<int64_t>(tensor.element_size())};
 }
 
@@ -193,18 +190,6 @@ void unpermute_backward(
 }  // namespace on_cuda
 #endif  // MOE_DIST_CUDA
 
-// Asks the kernel for large pages under memory that is about to be written for the first time. Rows lie anywhere in a
-// large tensor: with 4 KiB pages each of them costs a miss in the address cache, and each page a fault.
-void advise_large_pages(Tensor tensor) {
-#ifdef __linux__
-  constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  const uintptr_t first = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-  const uintptr_t begin = (first + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (first + tensor.numel() * tensor.element_size()) / kPage * kPage;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: it may be refused
-#endif
-}
-
 std::string instruction_set() {
   return moe_dist::cpu::instruction_set();
 }
@@ -222,7 +207,6 @@ bool has_cuda() {
 STABLE_TORCH_LIBRARY(moe_dist, library) {
   library.def("instruction_set() -> str");
   library.def("has_cuda() -> bool");
-  library.def("advise_large_pages(Tensor(a!) tensor) -> ()");
   library.def(
       "row_map(Tensor ids, int num_experts, int expected_rows, Tensor(a!) counts, Tensor(b!) row_of_slot, "
       "Tensor(c!) slot_of_row, Tensor(d!) status) -> ()");
@@ -242,7 +226,6 @@ STABLE_TORCH_LIBRARY_IMPL(moe_dist, CompositeExplicitAutograd, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moe_dist, CPU, library) {
-  library.impl("advise_large_pages", TORCH_BOX(&advise_large_pages));
   library.impl("row_map", TORCH_BOX(&on_cpu::row_map));
   library.impl("permute", TORCH_BOX(&on_cpu::permute));
   library.impl("unpermute", TORCH_BOX(&on_cpu::unpermute));

@@ -6,7 +6,7 @@ permute's backward is `unpermute` without probabilities.
 
 import torch
 
-from moe_dist.ops import native, reference
+from moe_dist.ops import kernels, native, reference
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 _MAX_CUDA_EXPERTS = 8192  # the CUDA row map keeps a counter for each expert in shared memory
@@ -25,13 +25,13 @@ def backend(device="cpu") -> str:
 
 def _choose(tensor):
     native_runs = tensor.dtype in _NATIVE_DTYPES and backend(tensor.device) != "torch"
-    return native if native_runs else reference
+    return kernels if native_runs else reference
 
 
 def row_map(ids_TK, num_experts, num_rows=None):
     kind = backend(ids_TK.device)
     native_runs = kind == "cpp" or (kind == "cuda" and num_experts <= _MAX_CUDA_EXPERTS)
-    return (native if native_runs else reference).row_map(ids_TK, num_experts, num_rows)
+    return (kernels if native_runs else reference).row_map(ids_TK, num_experts, num_rows)
 
 
 def permute(x_TH, plan, *, out=None):

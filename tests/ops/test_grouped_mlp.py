@@ -1,0 +1,216 @@
+"""The grouped MLP against a loop over experts: outputs, every gradient, what is kept for the backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from moe_dist.ops.grouped_mlp import Span, grouped_mlp, swiglu
+from tests.reference import relative_error
+
+HIDDEN, WIDTH = 8, 6
+
+
+def clamped(z_RF):
+    """An activation of its own, as gpt-oss has one: gates and ups interleaved, clamped."""
+    gate, up = z_RF[..., ::2].clamp(max=1.0), z_RF[..., 1::2].clamp(-1.0, 1.0)
+    return (up + 1) * gate * torch.sigmoid(1.7 * gate)
+
+
+def squared(z_RF):
+    """A family without a gate: F = I."""
+    return F.relu(z_RF).square()
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rows of each seat of a span that trains and of one that is frozen (None: no such span), and the options."""
+
+    train: tuple[int, ...] | None = (5, 0, 3)
+    frozen: tuple[int, ...] | None = None
+    pad_seats: int = 0
+    activation: object = swiglu
+    bias: bool = False
+    recompute: bool = False
+    rows_need_grad: bool = True
+
+    @property
+    def inner(self):
+        return WIDTH if self.activation is squared else 2 * WIDTH
+
+
+CASES = {
+    "plain": Case(),
+    "bias": Case(bias=True),
+    "recompute": Case(recompute=True, bias=True),
+    "both spans": Case(train=(2, 4), frozen=(3, 0, 6)),
+    "both spans, recompute": Case(train=(2, 4), frozen=(3, 0, 6), recompute=True),
+    "frozen only": Case(train=None, frozen=(3, 0, 6)),
+    "pad seats": Case(train=(2, 1), pad_seats=2, bias=True),
+    "no rows": Case(train=(0, 0), frozen=(0,), bias=True),
+    "lowest layer": Case(train=(2, 4), frozen=(3, 1), rows_need_grad=False),
+    "own activation": Case(activation=clamped, bias=True),
+    "own activation, recompute": Case(activation=clamped, train=(4,), frozen=(3, 2), recompute=True),
+    "no gate": Case(activation=squared),
+}
+
+
+def problem(case: Case, dtype=torch.float64, hidden=HIDDEN):
+    """(rows, spans, gradient of the output), drawn alike for every dtype."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    spans = []
+    for counts, trains in ((case.train, True), (case.frozen, False)):
+        if counts is None:
+            continue
+        seats = len(counts) + case.pad_seats
+        shapes = [(seats, case.inner, hidden), (seats, hidden, WIDTH)]
+        shapes += [(seats, case.inner), (seats, hidden)] if case.bias else []
+        tensors = [draw(*shape).requires_grad_(trains) for shape in shapes]
+        spans.append(Span(*(tensors + [None] * (4 - len(tensors))), list(counts)))
+    rows = sum(sum(span.counts) for span in spans)
+    return draw(rows, hidden).requires_grad_(case.rows_need_grad), spans, draw(rows, hidden)
+
+
+def loop(x, spans, activation):
+    outputs, start = [x[:0] * 0], 0
+    for span in spans:
+        for seat, count in enumerate(span.counts):
+            rows = x[start : start + count]
+            start += count
+            z = F.linear(rows, span.w_in[seat], None if span.b_in is None else span.b_in[seat])
+            outputs.append(F.linear(activation(z), span.w_out[seat], None if span.b_out is None else span.b_out[seat]))
+    return torch.cat(outputs)
+
+
+def gradients(x, spans):
+    """(what, gradient) of everything that has one; a leaf that was not reached counts as zeros."""
+    leaves = [("rows", x)] if x.requires_grad else []
+    for i, span in enumerate(spans):
+        names = ("w_in", "w_out", "b_in", "b_out")
+        leaves += [((i, n), t) for n, t in zip(names, span.tensors(), strict=True) if t is not None and t.requires_grad]
+    return {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
+def test_against_a_loop(name, dtype, tolerance):
+    case = CASES[name]
+    x, spans, grad = problem(case, dtype)
+    y = grouped_mlp(x, spans, activation=case.activation, recompute=case.recompute)
+    if y.requires_grad:
+        y.backward(grad)
+    wide_x, wide_spans, wide_grad = problem(case)
+    expected = loop(wide_x, wide_spans, case.activation)
+    expected.backward(wide_grad)
+    assert relative_error(y.detach(), expected.detach()) <= tolerance
+    ours, theirs = gradients(x, spans), gradients(wide_x, wide_spans)
+    assert ours.keys() == theirs.keys()
+    for what, value in theirs.items():
+        assert relative_error(ours[what], value) <= tolerance, what
+    for span in spans[1:] if case.train is not None else spans:
+        assert all(tensor.grad is None for tensor in span.tensors() if tensor is not None)
+
+
+@pytest.mark.parametrize("name", ["plain", "bias", "recompute", "both spans", "own activation", "no gate"])
+def test_gradcheck(name):
+    case = CASES[name]
+    x, spans, _ = problem(case)
+    counts = [span.counts for span in spans]
+    leaves = [tensor for span in spans for tensor in span.tensors()]
+
+    def run(x, *tensors):
+        rebuilt = [Span(*tensors[4 * i : 4 * i + 4], held) for i, held in enumerate(counts)]
+        return grouped_mlp(x, rebuilt, activation=case.activation, recompute=case.recompute)
+
+    assert torch.autograd.gradcheck(run, (x, *leaves))
+
+
+@pytest.mark.parametrize("name", ["plain", "pad seats", "no rows"])
+def test_a_seat_without_rows_gets_exact_zeros(name):
+    case = CASES[name]
+    x, spans, grad = problem(case)
+    grouped_mlp(x, spans, activation=case.activation).backward(grad)
+    for tensor in spans[0].tensors():
+        for seat in range(len(tensor) if tensor is not None else 0):
+            used = seat < len(spans[0].counts) and spans[0].counts[seat] > 0
+            assert tensor.grad[seat].any() == used
+            assert not torch.isnan(tensor.grad[seat]).any()
+
+
+def kept(case: Case) -> set[tuple[int, ...]]:
+    """Shapes that the backward keeps, besides the weights."""
+    x, spans, _ = problem(case)
+    weights = {tensor.data_ptr() for span in spans for tensor in span.tensors() if tensor is not None}
+    shapes = set()
+
+    def pack(tensor):
+        if tensor.data_ptr() not in weights:
+            shapes.add(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        grouped_mlp(x, spans, activation=case.activation, recompute=case.recompute)
+    return shapes
+
+
+def test_what_the_backward_keeps():
+    inner = 2 * WIDTH
+    assert kept(Case(train=(4, 3))) == {(7, HIDDEN), (7, inner)}
+    assert kept(Case(train=(4, 3), recompute=True)) == {(7, HIDDEN)}
+    assert kept(Case(train=None, frozen=(4, 3))) == {(7, inner)}  # an input gradient needs z, never the rows
+    assert kept(Case(train=None, frozen=(4, 3), recompute=True)) == {(7, HIDDEN)}
+    assert kept(Case(train=None, frozen=(4, 3), rows_need_grad=False)) == set()
+    assert kept(Case(train=(2,), frozen=(5,), rows_need_grad=False)) == {(2, HIDDEN), (2, inner)}
+
+
+def test_recompute_changes_no_bit():
+    results = []
+    for recompute in (False, True):
+        x, spans, grad = problem(CASES["both spans"], torch.float32)
+        y = grouped_mlp(x, spans, activation=swiglu, recompute=recompute)
+        y.backward(grad)
+        results.append([y.detach(), *gradients(x, spans).values()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", ["both spans", "bias", "own activation"])
+def test_bf16_per_expert_against_float64(name):
+    """Weights and rows are the same bf16 numbers on both sides, so what is left is the arithmetic's rounding."""
+    case, hidden = CASES[name], 64
+    x, spans, grad = problem(case, torch.bfloat16, hidden)
+    wide_x = x.detach().double().requires_grad_()
+    wide_spans = [
+        Span(*(t if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in s.tensors()), s.counts)
+        for s in spans
+    ]
+    y = grouped_mlp(x, spans, activation=case.activation)
+    y.backward(grad)
+    expected = loop(wide_x, wide_spans, case.activation)
+    expected.backward(grad.double())
+    start = 0
+    for count in [count for span in spans for count in span.counts]:
+        rows = slice(start, start + count)
+        start += count
+        assert relative_error(y[rows].detach(), expected[rows].detach()) < 6e-3
+        assert relative_error(x.grad[rows], wide_x.grad[rows]) < 8e-3
+    theirs = gradients(wide_x, wide_spans)
+    for what, value in gradients(x, spans).items():
+        for seat in range(len(value)) if what != "rows" else ():
+            assert relative_error(value[seat], theirs[what][seat]) < 8e-3, (what, seat)
+
+
+def test_inference_keeps_nothing_and_a_second_derivative_is_refused():
+    x, spans, _ = problem(CASES["plain"])
+    with torch.no_grad():
+        assert not grouped_mlp(x, spans, activation=swiglu).requires_grad
+    y = grouped_mlp(x, spans, activation=swiglu)
+    (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.sum().backward()
