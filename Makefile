@@ -53,7 +53,7 @@ families: .venv/.package
 	touch $@
 
 .venv/.package: .venv/.dependencies pyproject.toml setup.py $(SOURCES)
-	$(BIN)/pip install -q -c .venv/constraints.txt --no-build-isolation -e '.[dev,wandb]'
+	$(BIN)/pip install -q -c .venv/constraints.txt --no-build-isolation -e '.[dev,plots,wandb]'
 	touch $@
 
 clean:

@@ -22,6 +22,7 @@ VERBS = {
     "export": "write a run or a checkpoint as a Hugging Face folder",
     "ckpt": "list and verify checkpoints",
     "doctor": "check this machine and the installation",
+    "esft": "train only the experts that a task uses: score them, select them",
 }
 
 HELP = """\
@@ -90,12 +91,16 @@ def _main(argv: list[str]) -> int:
     if not argv or argv[0] in ("--help", "-h", "help"):
         print(HELP.format(verbs="\n".join(f"  {verb:<8} {line}" for verb, line in VERBS.items())))
         return EXIT_OK if argv else EXIT_USER
-    verb = argv[0]
-    if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(VERBS)}"
-        raise UserError(f"unknown verb {verb!r}: {hint}")
+    verb, words = _known(argv[0], VERBS), argv[1:]
     module = importlib.import_module(f"moe_dist.cli.{verb}")
+    if hasattr(module, "VERBS"):  # a group of verbs, each a module of that package
+        if not words or words[0] in ("--help", "-h"):
+            lines = "\n".join(f"  {name:<8} {line}" for name, line in module.VERBS.items())
+            print(f"usage: moe-dist {verb} VERB ...\n\n{module.__doc__}\nverbs:\n{lines}")
+            return EXIT_OK if words else EXIT_USER
+        name = _known(words[0], module.VERBS, before=f"{verb} ")
+        module = importlib.import_module(f"moe_dist.cli.{verb}.{name}")
+        verb, words = f"{verb} {name}", words[1:]
     parser = _Parser(
         prog=f"moe-dist {verb}",
         description=module.__doc__,
@@ -103,9 +108,17 @@ def _main(argv: list[str]) -> int:
         allow_abbrev=False,
     )
     module.add_arguments(parser)
-    args = parser.parse_intermixed_args(argv[1:])
+    args = parser.parse_intermixed_args(words)
     args.local_rank = local_rank
     return module.run(args)
+
+
+def _known(verb: str, verbs: dict[str, str], *, before: str = "") -> str:
+    if verb not in verbs:
+        near = difflib.get_close_matches(verb, verbs, n=1)
+        hint = f"did you mean {before}{near[0]}?" if near else f"there is {', '.join(before + name for name in verbs)}"
+        raise UserError(f"unknown verb {before + verb!r}: {hint}")
+    return verb
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,0 +1,1 @@
+"""Tables, plots and pages. Knows nothing of models."""
