@@ -36,7 +36,7 @@ parity: .venv/.package
 	$(BIN)/python -m pytest -q tests/parity --all-cells
 
 families: .venv/.package
-	$(BIN)/python -m benchmarks.families
+	$(BIN)/python -m tests.families
 
 # torch comes first and by its exact pin: several packages, deepspeed among them, would pull another build.
 .venv/.torch: constraints.txt
