@@ -1,0 +1,175 @@
+"""The CUDA kernels' own source, compiled by the C++ compiler and run on the CPU (cuda_on_cpu/), against plain torch.
+
+What this shows: indices, sums, the order of the sort, nothing written out of bounds, no misaligned wide access (the
+compiler plants a trap for each). What it cannot: races between warps, and speed.
+"""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_dist.ops import RowPlan, reference
+from tests.ops.cases import ROUTINGS, draw_ids, relative_error
+
+ROOT = Path(__file__).parents[2]
+GUARD = 64  # elements after each output that must stay as they are
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    compiler = shutil.which("g++")
+    if not compiler or not (ROOT / "csrc" / "permute_cuda.cu").exists():
+        pytest.skip("needs g++ and the sources")
+    target = tmp_path_factory.mktemp("cuda_on_cpu") / "kernels.so"
+    flags = [
+        "-O1",
+        "-std=c++17",
+        "-shared",
+        "-fPIC",
+        "-w",
+        "-fsanitize=alignment",
+        "-fsanitize-undefined-trap-on-error",
+    ]
+    here = ROOT / "tests" / "ops" / "cuda_on_cpu"
+    command = [compiler, *flags, f"-I{here}", f"-I{ROOT / 'csrc'}", str(here / "kernels.cpp"), "-o", str(target)]
+    subprocess.run(command, check=True)
+    library = ctypes.CDLL(str(target))
+    library.row_map_scratch.restype = ctypes.c_int64
+    for name in ("row_map", "permute", "unpermute", "unpermute_backward"):
+        getattr(library, name).restype = ctypes.c_char_p
+    return library
+
+
+def call(function, *arguments):
+    """Tensors as pointers, integers as int64."""
+    return function(
+        *(
+            None
+            if value is None
+            else ctypes.c_void_p(value.data_ptr())
+            if isinstance(value, torch.Tensor)
+            else ctypes.c_int64(value)
+            for value in arguments
+        )
+    )
+
+
+class Output:
+    """Memory for an output, with a guard behind it. Starts as garbage."""
+
+    def __init__(self, *shape, dtype):
+        count = torch.Size(shape).numel()
+        self.memory = torch.full((count + GUARD,), 99, dtype=dtype)
+        self.tensor = self.memory[:count].view(shape)
+
+    def checked(self):
+        assert (self.memory[self.tensor.numel() :] == 99).all(), "written beyond the end"
+        return self.tensor
+
+
+def run_row_map(kernels, ids_TK, experts, expected=-1):
+    ids_TK, slots = ids_TK.contiguous(), ids_TK.numel()
+    scratch = Output(kernels_scratch(kernels, slots, experts), dtype=torch.int32)
+    counts, row_of_slot = Output(experts, dtype=torch.int64), Output(*ids_TK.shape, dtype=torch.int32)
+    slot_of_row, status = Output(slots, dtype=torch.int32), Output(2, dtype=torch.int64)
+    outputs = [counts, row_of_slot, slot_of_row, status, scratch]
+    error = call(
+        kernels.row_map,
+        ids_TK,
+        int(ids_TK.dtype == torch.int64),
+        slots,
+        experts,
+        expected,
+        *(output.tensor for output in outputs),
+    )
+    return error, [output.checked() for output in outputs]
+
+
+def kernels_scratch(kernels, slots, experts):
+    return kernels.row_map_scratch(ctypes.c_int64(slots), ctypes.c_int64(experts))
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_row_map(kernels, routing, dtype):
+    tokens, k, experts, kind = ROUTINGS[routing]
+    ids_TK = draw_ids(tokens, k, experts, kind).to(dtype)
+    error, (counts, row_of_slot, slot_of_row, status, _) = run_row_map(kernels, ids_TK, experts)
+    want_counts, want_row_of_slot, want_slot_of_row = reference.row_map(ids_TK, experts)
+    assert error is None
+    assert status.tolist() == [len(want_slot_of_row), -1]
+    assert torch.equal(counts, want_counts)
+    assert torch.equal(row_of_slot, want_row_of_slot)
+    assert torch.equal(slot_of_row[: len(want_slot_of_row)], want_slot_of_row)
+
+
+def test_row_map_of_many_experts_and_chunks(kernels):
+    """3,000 experts: fewer warps fit their counters into a block's shared memory. 5,001 slots: several chunks."""
+    ids_TK = torch.randint(-1, 3000, (5001, 1), generator=torch.Generator().manual_seed(0))
+    error, (counts, row_of_slot, _, _, _) = run_row_map(kernels, ids_TK, 3000)
+    want_counts, want_row_of_slot, _ = reference.row_map(ids_TK, 3000)
+    assert error is None
+    assert torch.equal(counts, want_counts)
+    assert torch.equal(row_of_slot, want_row_of_slot)
+
+
+def test_row_map_reports_wrong_ids_and_stops_on_broken_promises(kernels):
+    ids_TK = torch.tensor([[0, 1], [2, 9]])
+    error, (_, _, _, status, _) = run_row_map(kernels, ids_TK, 4)
+    assert error is None
+    assert int(status[1]) == 9
+    assert run_row_map(kernels, ids_TK, 4, expected=4)[0] == b"the device stopped"
+    assert run_row_map(kernels, ids_TK, 16, expected=3)[0] == b"the device stopped"
+    assert run_row_map(kernels, ids_TK, 16, expected=4)[0] is None
+
+
+@pytest.mark.parametrize("routing", ["plain", "no tokens", "one hot expert", "dropped slots", "all dropped"])
+@pytest.mark.parametrize("hidden", [1, 3, 4, 6, 8, 33, 264])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_data_movement(kernels, routing, hidden, dtype):
+    tokens, k, experts, kind = ROUTINGS[routing]
+    check_data_movement(kernels, draw_ids(tokens, k, experts, kind), experts, hidden, dtype)
+
+
+@pytest.mark.parametrize("k", [1, 4, 5, 8, 9, 17])
+def test_data_movement_for_each_number_of_experts_a_token(kernels, k):
+    check_data_movement(kernels, draw_ids(13, k, 24, "dropped"), 24, 40, torch.bfloat16)
+
+
+def test_data_movement_without_columns(kernels):
+    check_data_movement(kernels, draw_ids(5, 2, 4, "distinct"), 4, 0, torch.float32)
+
+
+def check_data_movement(kernels, ids_TK, experts, hidden, dtype):
+    tokens, k = ids_TK.shape
+    plan = RowPlan(*reference.row_map(ids_TK, experts), experts)
+    generator = torch.Generator().manual_seed(2)
+    x_TH, dy_TH = (torch.randn(tokens, hidden, generator=generator).to(dtype) for _ in range(2))
+    rows_NH = torch.randn(plan.num_rows, hidden, generator=generator).to(dtype)
+    row_of_slot, is_bf16 = plan.row_of_slot_TK, int(dtype == torch.bfloat16)
+
+    out = Output(plan.num_rows, hidden, dtype=dtype)
+    assert call(kernels.permute, row_of_slot, tokens, k, x_TH, out.tensor, hidden * x_TH.element_size()) is None
+    assert torch.equal(out.checked(), reference.permute(x_TH, plan))
+
+    bound = 3e-7 if dtype == torch.float32 else 2e-3  # bf16: a sum may round to the neighbour
+    for probs_TK in (torch.rand(tokens, k, generator=generator), None):
+        y = Output(tokens, hidden, dtype=dtype)
+        shape = (row_of_slot, tokens, k, is_bf16, hidden)
+        assert call(kernels.unpermute, *shape, rows_NH, probs_TK, y.tensor) is None
+        assert relative_error(y.checked(), reference.unpermute(rows_NH, plan, probs_TK)) < bound
+
+        want = reference.unpermute_backward(dy_TH, plan, probs_TK=probs_TK, rows_NH=rows_NH)
+        drows, dprobs = Output(plan.num_rows, hidden, dtype=dtype), Output(tokens, k, dtype=torch.float32)
+        arguments = (*shape, dy_TH, probs_TK, rows_NH, drows.tensor, dprobs.tensor)
+        assert call(kernels.unpermute_backward, *arguments) is None
+        assert torch.equal(drows.checked(), want[0])
+        assert relative_error(dprobs.checked(), want[1]) < 1e-6
+
+        drows = Output(plan.num_rows, hidden, dtype=dtype)
+        assert call(kernels.unpermute_backward, *shape, dy_TH, probs_TK, None, drows.tensor, None) is None
+        assert torch.equal(drows.checked(), want[0])
