@@ -68,7 +68,8 @@ class _GroupedMLP(torch.autograd.Function):
     def backward(ctx, grad_y_RH):
         grad_y_RH = grad_y_RH.contiguous()
         count = len(ctx.counts)
-        saved, tensors = ctx.saved_tensors[: 2 * count], ctx.saved_tensors[2 * count :]
+        kept = ctx.saved_tensors  # read once: a second reading fails under checkpointing of the caller
+        saved, tensors = kept[: 2 * count], kept[2 * count :]
         needs_rows = ctx.needs_input_grad[0]
         grad_x_RH = empty(grad_y_RH, len(grad_y_RH), tensors[0].shape[2]) if needs_rows else None
         grads, start = [], 0
