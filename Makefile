@@ -30,7 +30,7 @@ format: .venv/.package
 	$(BIN)/ruff format $(CODE)
 
 bench: .venv/.package
-	for name in permute moe_layer loading; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in permute moe_layer loading esft_placement; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 parity: .venv/.package
 	$(BIN)/python -m pytest -q tests/parity --all-cells

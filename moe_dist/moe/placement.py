@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from moe_dist.errors import UserError
 
 
@@ -96,16 +98,18 @@ def balance(load_E: Sequence[float], *, ranks: int, trainable: Iterable[int] = (
 
     load_E: tokens (or any non-negative measure) of each expert; a sequence or a tensor. Returns one list of ids a
     rank, trainable first; the lengths of the lists and their counts of trainable experts each differ by at most one.
+    The same input gives the same lists everywhere.
 
-    Longest processing time first: heaviest expert to the least loaded rank that still has room, the trainable ones
-    before the frozen ones, since their weight gradients and optimizer bytes leave less freedom.
+    Longest processing time first gives a start: the heaviest expert to the least loaded rank that still has room, the
+    trainable ones before the frozen ones, since their weight gradients and optimizer bytes leave less freedom. Then
+    experts of the heaviest rank are exchanged with those of others for as long as that lowers the largest load.
     """
     loads = [float(load) for load in load_E]
     train = set(trainable)
     if ranks < 1:
         raise UserError(f"balance needs at least one rank, got ranks={ranks}")
-    if any(not load >= 0 for load in loads):
-        raise UserError("balance needs loads that are numbers of at least zero")
+    if any(not 0 <= load < float("inf") for load in loads):
+        raise UserError("balance needs loads that are finite numbers of at least zero")
     if not train <= set(range(len(loads))):
         raise UserError(
             f"trainable experts {sorted(train - set(range(len(loads))))} do not exist: there are {len(loads)}"
@@ -122,4 +126,51 @@ def balance(load_E: Sequence[float], *, ranks: int, trainable: Iterable[int] = (
             chosen = min(open_ranks, key=lambda r: (total[r], len(held[r]), r))
             held[chosen].append(expert)
             total[chosen] += loads[expert]
-    return held
+    return _exchange(held, loads, train)
+
+
+def _exchange(held: list[list[int]], loads: list[float], train: set[int]) -> list[list[int]]:
+    """Exchange pairs of experts between ranks until none lowers the larger load of its two ranks.
+
+    The heaviest rank comes first, since its load is what counts; where it is stuck, an exchange between two others may
+    set it free. A pair is either both trainable or both frozen; or one of each, where the rank that gives the trainable
+    one has one more of them than the other, so that the two counts trade places.
+    """
+    load_E, trains_E = np.array(loads, dtype=np.float64), np.isin(np.arange(len(loads)), sorted(train))
+    rank_E = np.empty(len(loads), dtype=np.int64)
+    for rank, ids in enumerate(held):
+        rank_E[ids] = rank
+    tries = 16  # at setting the heaviest rank free; they look at all pairs, which takes a while with many experts
+    # Every exchange lowers the sum of squared loads, so this ends; the bound is for loads that differ by rounding.
+    for _ in range(8 * len(loads)):
+        total_P = np.bincount(rank_E, weights=load_E, minlength=len(held))
+        heaviest = np.flatnonzero(rank_E == np.argmax(total_P))
+        pair = _best_pair(heaviest, load_E, trains_E, rank_E, total_P)
+        if pair is None and tries:
+            tries -= 1
+            pair = _best_pair(np.arange(len(loads)), load_E, trains_E, rank_E, total_P)
+        if pair is None:
+            break
+        rank_E[list(pair)] = rank_E[list(pair[::-1])]
+    return [
+        sorted(np.flatnonzero(rank_E == rank).tolist(), key=lambda e: (e not in train, -loads[e], e))
+        for rank in range(len(held))
+    ]
+
+
+def _best_pair(
+    give_G: np.ndarray, load_E: np.ndarray, trains_E: np.ndarray, rank_E: np.ndarray, total_P: np.ndarray
+) -> tuple[int, int] | None:
+    """The exchange of an expert of `give_G` for any expert that lowers the larger load of their ranks the most."""
+    trains_P = np.bincount(rank_E[trains_E], minlength=len(total_P))
+    lighter_GE = load_E[give_G][:, None] - load_E[None, :]
+    gap_GE = total_P[rank_E[give_G]][:, None] - total_P[rank_E][None, :]
+    moves_GE = trains_E[give_G][:, None].astype(np.int64) - trains_E[None, :]
+    surplus_GE = trains_P[rank_E[give_G]][:, None] - trains_P[rank_E][None, :]
+    allowed_GE = (moves_GE == 0) | (moves_GE == surplus_GE)
+    # Of the heavier rank's load goes lighter, to the other's comes lighter: the larger one falls by the lesser of both.
+    gain_GE = np.where(allowed_GE, np.minimum(lighter_GE, gap_GE - lighter_GE), 0.0)
+    best = int(np.argmax(gain_GE)) if gain_GE.size else 0
+    if not gain_GE.size or gain_GE.flat[best] <= 1e-12 * total_P.max():
+        return None
+    return int(give_G[best // len(load_E)]), best % len(load_E)

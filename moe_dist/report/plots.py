@@ -62,15 +62,15 @@ def heat_map(
     """A coloured table, values written into it where it is small. Writes stem.png and stem.csv and returns both."""
 
     def paint(axes) -> None:
-        image = axes.imshow(values, aspect="auto", cmap="viridis")
+        image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0)
         axes.figure.colorbar(image)
         small = len(rows) <= 12 and len(columns) <= 12
         axes.set_yticks(range(len(rows)), rows) if len(rows) <= 32 else None
-        axes.set_xticks(range(len(columns)), columns) if len(columns) <= 32 else None
+        axes.set_xticks(range(len(columns)), columns, rotation=30) if len(columns) <= 32 else None
         if small:
             for r in range(len(rows)):
                 for c in range(len(columns)):
-                    axes.text(c, r, f"{values[r][c]:.2f}", ha="center", va="center", color="white")
+                    axes.text(c, r, f"{values[r][c]:.2f}", ha="center", va="center", backgroundcolor="white")
 
     table = [[f"{y} / {x}", *columns], *([row, *line] for row, line in zip(rows, values, strict=True))]
     return _write(stem, table, paint, title=title, x=x, y=y)
@@ -86,7 +86,8 @@ def _write(stem: Path, table: list[list], paint, *, title: str, x: str, y: str, 
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     paint(axes)
-    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.set(xlabel=x, ylabel=y)
+    axes.set_title(title, fontsize="medium", wrap=True)
     image, numbers = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.csv")
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ def test_balance_is_even_in_counts_for_any_input():
             [chance.choice([0, 1, 9 * chance.random()]) for _ in range(experts)], ranks=ranks, trainable=train
         )
         sizes, trains = [len(h) for h in held], [len(set(h) & set(train)) for h in held]
-        assert sorted(sum(held, [])) == list(range(experts))
+        assert sorted(expert for rank in held for expert in rank) == list(range(experts))
         assert max(sizes) - min(sizes) <= 1
         assert max(trains) - min(trains) <= 1
 
@@ -54,6 +54,35 @@ def test_balance_is_even_in_load():
     load_E = torch.tensor([8.0, 1, 7, 2, 6, 3, 5, 4])
     held = balance(load_E, ranks=4)
     assert [sum(load_E[e].item() for e in h) for h in held] == [9, 9, 9, 9]
+
+
+def test_balance_exchanges_what_the_greedy_start_got_wrong():
+    """Heaviest first alone ends with 7 and 5."""
+    held = balance([3, 3, 2, 2, 2, 0], ranks=2)
+    assert sorted(sum([3, 3, 2, 2, 2, 0][e] for e in h) for h in held) == [6, 6]
+
+
+def test_balance_reaches_the_bound_of_a_hot_expert():
+    """The rank of the hottest expert gets the coldest others, no matter how far it is above the mean."""
+    held = balance([90, 1, 2, 3, 4, 5, 6, 7], ranks=4)
+    assert next(h for h in held if 0 in h) == [0, 1]
+
+
+def test_balance_moves_load_across_the_classes_where_counts_allow():
+    """Three trainable experts on two ranks: the load decides which has two. Within the classes 11 would be left."""
+    loads = [6.0, 1.0, 1.0, 5.0, 4.0, 1.0]
+    held = balance(loads, ranks=2, trainable=[0, 1, 2])
+    assert sorted(len(set(h) & {0, 1, 2}) for h in held) == [1, 2]
+    assert max(sum(loads[e] for e in h) for h in held) == 10.0
+
+
+def test_balance_is_near_perfect_with_many_experts():
+    chance = random.Random(2)
+    for experts, ranks in ((64, 8), (128, 16), (256, 8)):
+        loads = [chance.lognormvariate(0, 1) for _ in range(experts)]
+        held = balance(loads, ranks=ranks, trainable=range(0, experts, 9))
+        assert max(sum(loads[e] for e in h) for h in held) < 1.01 * sum(loads) / ranks
+        assert balance(loads, ranks=ranks, trainable=range(0, experts, 9)) == held
 
 
 def test_balance_refuses_nonsense():

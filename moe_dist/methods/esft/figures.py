@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -56,12 +55,9 @@ def draw(tasks: Mapping[str, Summary], choice: Choice, *, kind: str, folder: str
 
 
 def _short_names(paths: list[str]) -> list[str]:
-    """Names that tell paths apart: what is left of them without the folders and endings that all share."""
-    if len(paths) == 1:
-        return [Path(paths[0]).stem]
-    parts = [list(Path(os.path.abspath(path)).with_suffix("").parts) for path in paths]
-    while len({tuple(part[:1]) for part in parts}) == 1 and all(len(part) > 1 for part in parts):
-        parts = [part[1:] for part in parts]
-    while len({tuple(part[-1:]) for part in parts}) == 1 and all(len(part) > 1 for part in parts):
-        parts = [part[:-1] for part in parts]
-    return ["/".join(part) for part in parts]
+    """Names that tell paths apart: the files' own, else their folders', else the whole paths."""
+    for name in (lambda path: path.stem, lambda path: path.absolute().parent.name):
+        names = [name(Path(path)) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return paths
