@@ -120,8 +120,12 @@ CHANGES: dict[str, dict[str, object]] = {
     "mistral4": _MULTI_HEAD,
     "mistral_large4": _MULTI_HEAD,
     "nemotron_h": {"n_groups": 2},
-    "qwen3_omni_moe": {"text_config": {"shared_expert_intermediate_size": 40}},
     "zaya": {"num_experts_per_tok": 1},
+}
+
+# Fields that a model class reads although its configuration class does not declare them, by experts class.
+UNDECLARED: dict[str, dict[str, object]] = {
+    "Qwen3OmniMoeTalkerTextExperts": {"shared_expert_intermediate_size": 40},
 }
 
 
@@ -183,7 +187,7 @@ def tiny_model(family: str, experts: str) -> PreTrainedModel:
     error: Exception = LookupError(f"no model class of {family} holds {experts}")
     for cls in model_classes(family):
         try:
-            config = tiny_config(cls.config_class, CHANGES.get(family, {}))
+            config = tiny_config(cls.config_class, CHANGES.get(family, {}), UNDECLARED.get(experts))
             with torch.device("meta"):
                 held = {type(module).__name__ for _, module in find_experts(cls(config))}
             if experts not in held:
