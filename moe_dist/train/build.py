@@ -101,6 +101,9 @@ def load_tokenizer(config: RunConfig, plan: ModelPlan):
         tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
     except Exception as error:  # the tokenizer classes raise many types
         raise UserError(f"no tokenizer can be loaded from {source}: {error}") from None
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        # Some tokenizer classes make themselves out of nothing where their files are missing.
+        raise UserError(f"{source} holds no tokenizer: what is there has no vocabulary; set model.tokenizer")
     if len(tokenizer) > rows:
         raise UserError(
             f"the tokenizer {source} has {len(tokenizer)} tokens, but the model embeds {rows}: "

@@ -45,9 +45,7 @@ def train(config: RunConfig, *, resume: str = "auto", overwrite: bool = False) -
     data = build_data(config.data, load_tokenizer(config, plan), seed=config.run.seed)
     if data.train is None:
         raise UserError("data.train is empty: give at least one training source")
-    root = on_rank_zero(lambda: run_folder.prepare(config, resume=resume, overwrite=overwrite, world=grid.world))
-    folder = Path(config.run.dir)
-
+    root = on_rank_zero(lambda: run_folder.check(config, resume=resume, overwrite=overwrite))
     model = build_model(config, plan, grid)
     if config.data.packing:
         check_packing(model.config)
@@ -75,9 +73,12 @@ def train(config: RunConfig, *, resume: str = "auto", overwrite: bool = False) -
             state.restore(opened, engine, plan)
             step, tokens = opened.step, int(opened.trainer_state["tokens"])
             data.train.load_state_dict(opened.trainer_state["sampler"])
+    last = min(settings.steps, settings.stop_at or settings.steps)
 
+    folder = Path(config.run.dir)
+    on_rank_zero(lambda: run_folder.write(config, overwrite=overwrite, world=grid.world))
     if grid.rank == 0:
-        run_folder.cut_metrics(folder / run_folder.METRICS, step)
+        run_folder.cut_metrics(folder / run_folder.METRICS, step, ended=step >= last)
     log = MetricLog(config, active=grid.rank == 0, start_step=step, file=folder / run_folder.METRICS)
     log.say(render(plan.skeleton, plan.selection, grid, zero_stage=parallel.zero_stage, precision=settings.precision))
     for line in routing.announce():
@@ -118,7 +119,6 @@ def train(config: RunConfig, *, resume: str = "auto", overwrite: bool = False) -
         )
         log.say(f"saved {path}")
 
-    last = min(settings.steps, settings.stop_at or settings.steps)
     proof = ChangeProof(engine, grid) if step < last else None
     skips_in_a_row, saved_at, code = 0, step, EXIT_OK
     clock, timed_tokens = time.perf_counter(), 0
@@ -171,7 +171,7 @@ def train(config: RunConfig, *, resume: str = "auto", overwrite: bool = False) -
                         "or raise train.max_skips"
                     )
             if proof is not None and engine.steps - engine.skipped_steps == 2:
-                unreached = proof.check(engine)
+                unreached = proof.check(engine, lr=lr, eps=settings.eps)
                 log.say("proved: nothing frozen has changed, and everything that got a gradient has")
                 if unreached:
                     log.say(f"{len(unreached)} tensors of rank 0 got no gradient yet: {', '.join(unreached[:6])}")

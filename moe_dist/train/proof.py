@@ -1,8 +1,8 @@
 """The proof of the trainable table: after two steps, what must not change has not, and what must change has.
 
 Frozen tensors are compared by hash, bit for bit. A trainable tensor (of an expert: that expert's part) must have
-changed if a gradient ever reached it; one that no gradient reached is listed: that is a fact about the data, not a
-fault.
+changed if a gradient ever reached it and the learning rate was large enough for fp32 to show it; one that no gradient
+reached is listed: that is a fact about the data, not a fault.
 """
 
 from __future__ import annotations
@@ -23,19 +23,23 @@ class ChangeProof:
         self.frozen = dict(self._frozen(engine))
         self.masters = {_key(fragment): digest(fragment.tensor) for fragment in engine.fragments("weights")}
 
-    def check(self, engine: Engine) -> list[str]:
+    def check(self, engine: Engine, *, lr: float, eps: float) -> list[str]:
         """Names (with expert ids) of this rank's trainable tensors that no gradient has reached.
 
-        Raises RuntimeError, naming the tensors, where a frozen one changed or a trained one did not.
+        lr, eps: AdamW's, of the last step. Raises RuntimeError, naming the tensors, where a frozen one changed or a
+        trained one did not.
         """
         changed = [name for name, value in self._frozen(engine) if value != self.frozen[name]]
         stuck, untouched = [], []
-        moments = {_key(fragment): fragment.tensor for fragment in engine.fragments("exp_avg")}
+        m, v = (
+            {_key(fragment): fragment.tensor for fragment in engine.fragments(kind)}
+            for kind in ("exp_avg", "exp_avg_sq")
+        )
         for fragment in engine.fragments("weights"):
             key = _key(fragment)
-            if not moments[key].any():
+            if not m[key].any():
                 untouched.append(_label(fragment))
-            elif digest(fragment.tensor) == self.masters[key]:
+            elif digest(fragment.tensor) == self.masters[key] and _shows(fragment.tensor, m[key], v[key], lr, eps):
                 stuck.append(_label(fragment))
         if changed:
             raise RuntimeError(f"frozen tensors have changed: {', '.join(changed)}")
@@ -55,6 +59,16 @@ class ChangeProof:
             with engine.gathered([parameter]):
                 if number % count == place:
                     yield name, digest(parameter.detach())
+
+
+def _shows(master: torch.Tensor, m: torch.Tensor, v: torch.Tensor, lr: float, eps: float) -> bool:
+    """Whether an AdamW step of rate `lr` at these moments changes some element of `master` for certain.
+
+    At the start of a warm-up, and at the end of a schedule, it need not: 1 − 1e-9 is 1 in fp32. The step is taken
+    without bias correction, which is some times less than the real one at worst, hence more than one rounding.
+    """
+    change = lr * m.abs() / (v.sqrt() + eps)
+    return bool((change > 32 * torch.finfo(master.dtype).eps * master.abs()).any())
 
 
 def digest(tensor: torch.Tensor) -> str:

@@ -11,6 +11,7 @@ The same command again resumes. A folder of another run is never written into si
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -25,41 +26,50 @@ from moe_dist.config.schema import RunConfig
 from moe_dist.errors import UserError
 
 CONFIG, METRICS, CHECKPOINTS = "config.resolved.yaml", "metrics.jsonl", "checkpoints"
+ENVIRONMENT = "env.json"
 PACKAGES = ("moe_dist", "torch", "deepspeed", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
 
 
-def prepare(config: RunConfig, *, resume: str, overwrite: bool, world: int) -> Path | None:
-    """Make the run folder ready and return the checkpoint root to resume from, or None to start at step 0.
+def check(config: RunConfig, *, resume: str, overwrite: bool) -> Path | None:
+    """Where to resume from: the folder of a checkpoint or of several, or None to start at step 0. Writes nothing.
 
     For one process only (rank 0); the others wait. `resume`: 'auto' continues what is in the folder, 'never' wants an
     empty one, anything else is the path of a checkpoint, or of a run or checkpoint folder whose newest one is meant.
     Raises UserError where the folder belongs to a different configuration.
     """
     folder = Path(config.run.dir)
-    used = (folder / CONFIG).exists()
-    if overwrite and used:
-        for name in (CHECKPOINTS, "export", "plots", "logs"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        for name in (CONFIG, METRICS, "env.json"):
-            (folder / name).unlink(missing_ok=True)
-        used = False
+    used = (folder / CONFIG).exists() and not overwrite
     if used and resume == "never":
         raise UserError(f"{folder} already holds a run: choose another run.dir, resume it, or give --overwrite")
-    if not used and folder.is_dir() and any(folder.iterdir()):
+    if not (folder / CONFIG).exists() and folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no run of ours: choose another run.dir")
     if used:
         _check_same(config, folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save.write_resolved(config, folder / CONFIG)
-        (folder / "env.json").write_text(json.dumps(environment(world), indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write the run folder {folder}: {error.strerror}") from None
     if resume not in ("auto", "never"):
         if not Path(resume).is_dir():
             raise UserError(f"--resume {resume}: no such folder")
         return Path(resume)
     return folder / CHECKPOINTS if used else None
+
+
+def write(config: RunConfig, *, overwrite: bool, world: int) -> None:
+    """Make the run folder ready for this run; with `overwrite`, what an earlier run left in it goes. Rank 0 only."""
+    folder = Path(config.run.dir)
+    if overwrite and (folder / CONFIG).exists():
+        for name in (CHECKPOINTS, "export", "plots", "logs"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in (CONFIG, METRICS, ENVIRONMENT):
+            (folder / name).unlink(missing_ok=True)
+    new = not (folder / CONFIG).exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save.write_resolved(config, folder / CONFIG)
+        _replace(folder / ENVIRONMENT, json.dumps(environment(world), indent=1) + "\n")
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            for path in [*folder.glob("*.partial"), *([folder / CONFIG] if new else [])]:
+                path.unlink(missing_ok=True)
+        raise UserError(f"cannot write the run folder {folder}: {error.strerror}") from None
 
 
 def _check_same(config: RunConfig, folder: Path) -> None:
@@ -90,8 +100,11 @@ def environment(world: int) -> dict:
     }
 
 
-def cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`: a run that resumes from there writes them again. Atomic."""
+def cut_metrics(path: Path, step: int, *, ended: bool = False) -> None:
+    """Drop the lines of steps after `step`: a run that resumes from there writes them again. Atomic.
+
+    ended: there is no step left to do, so that the run will only evaluate once more: that line goes as well.
+    """
     if not path.exists():
         return
     kept = []
@@ -100,8 +113,14 @@ def cut_metrics(path: Path, step: int) -> None:
             entry = json.loads(line)
         except json.JSONDecodeError:
             continue  # the torn last line of a killed run
-        if entry.get("step", 0) <= step:
+        again = ended and entry.get("event") == "eval" and entry.get("step") == step
+        if entry.get("step", 0) <= step and not again:
             kept.append(line)
+    _replace(path, "".join(line + "\n" for line in kept))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(line + "\n" for line in kept))
+    partial.write_text(text)
     os.replace(partial, path)

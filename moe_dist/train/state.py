@@ -13,6 +13,7 @@ from moe_dist import checkpoint
 from moe_dist.checkpoint import NOT_EXPERT, SINGLE, Checkpoint, Fragment, FrozenBase, Group, Place, TensorInfo
 from moe_dist.config.save import to_dict
 from moe_dist.config.schema import RunConfig
+from moe_dist.errors import UserError
 from moe_dist.models.surgery import moe_layers
 from moe_dist.parallel.grid import Grid
 from moe_dist.train.build import ModelPlan
@@ -29,7 +30,8 @@ def group_of(grid: Grid) -> Group:
 def find(place: Path, group: Group) -> Path | None:
     """The checkpoint that `place` means: itself, or the newest complete one in a folder of them. Collective.
 
-    A run folder stands for its checkpoints. None where there is no complete one.
+    A run folder stands for its checkpoints. None where there is none at all; UserError where there are only damaged
+    ones: starting over without a word would throw away what might be saved of them.
     """
     if (place / "manifest.json").exists():
         return place
@@ -39,6 +41,8 @@ def find(place: Path, group: Group) -> Path | None:
     for note in found.notes:
         if group.rank == 0:
             print(f"warning: {note}", file=sys.stderr, flush=True)
+    if found.path is None and found.notes:
+        raise UserError(f"no checkpoint in {place} is whole; restore one, or start anew with --overwrite")
     return found.path
 
 
@@ -99,7 +103,11 @@ def _base(engine: Engine, plan: ModelPlan, grid: Grid) -> FrozenBase | None:
 
 
 def restore(opened: Checkpoint, engine: Engine, plan: ModelPlan) -> None:
-    """Masters, moments and buffers from a checkpoint of any number of ranks, bit for bit. Collective."""
+    """Masters, moments and buffers from a checkpoint of any number of ranks, bit for bit. Collective.
+
+    UserError where it was trained on another base model, or another set of tensors trains.
+    """
+    opened.check_matches(catalogue(plan))
     if plan.folder is not None:
         opened.check_base(plan.folder)
 

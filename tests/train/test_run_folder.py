@@ -23,7 +23,10 @@ def config(folder, *overrides):
 
 
 def prepare(configuration, resume="auto", overwrite=False):
-    return run_folder.prepare(configuration, resume=resume, overwrite=overwrite, world=1)
+    """As the loop does it: ask, then write."""
+    root = run_folder.check(configuration, resume=resume, overwrite=overwrite)
+    run_folder.write(configuration, overwrite=overwrite, world=1)
+    return root
 
 
 def test_a_new_folder_starts_at_zero_and_the_same_command_resumes(tmp_path):
@@ -71,3 +74,21 @@ def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
     run_folder.cut_metrics(file, 2)
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2]
+
+
+def test_an_ended_run_evaluates_anew(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    lines = [{"event": "eval", "step": 2}, {"event": "train", "step": 4}, {"event": "eval", "step": 4}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run_folder.cut_metrics(file, 4, ended=True)
+    assert [json.loads(line) for line in file.read_text().splitlines()] == lines[:2]
+
+
+def test_asking_writes_nothing(tmp_path):
+    folder = tmp_path / "run"
+    assert run_folder.check(config(folder), resume="auto", overwrite=False) is None
+    assert not folder.exists()
+    prepare(config(folder))
+    (folder / "checkpoints" / "step-3").mkdir(parents=True)
+    assert run_folder.check(config(folder), resume="auto", overwrite=True) is None
+    assert (folder / "checkpoints" / "step-3").exists()

@@ -1,0 +1,1 @@
+"""Whole training runs, from a configuration to checkpoints, metrics and exports."""
