@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_dist.methods.esft.formats import read_expert_config
+from moe_dist.config.expert_files import read_expert_config
 from moe_dist.moe.placement import balance, contiguous
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "esft"

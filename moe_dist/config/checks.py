@@ -18,6 +18,7 @@ def validate(config: RunConfig) -> None:
     _model(config)
     _data(config)
     _train(config)
+    _parallel(config)
     _trainable(config)
 
 
@@ -27,6 +28,9 @@ def check_paths(config: RunConfig) -> None:
         value = getattr(config.model, name)
         if value is not None and is_local(value) and not os.path.isdir(value):
             raise UserError(f"model.{name}={value}: no such folder")
+    scores = config.parallel.placement_scores
+    if scores is not None and not os.path.isfile(scores):
+        raise UserError(f"parallel.placement_scores={scores}: no such file")
     for group in ("train", "eval"):
         for index, source in enumerate(getattr(config.data, group)):
             if source.path is not None and not os.path.exists(source.path):
@@ -171,8 +175,16 @@ def _train(config: RunConfig) -> None:
         raise UserError(f"train.stop_at={train.stop_at}: is more than train.steps={train.steps}")
 
 
+def _parallel(config: RunConfig) -> None:
+    parallel = config.parallel
+    if parallel.placement_scores is not None and parallel.placement != "balanced":
+        raise UserError("parallel.placement_scores: only with parallel.placement=balanced; set that, or remove it")
+
+
 def _trainable(config: RunConfig) -> None:
     trainable = config.trainable
+    if trainable.experts_file is not None and trainable.experts is not None:
+        raise UserError("trainable: experts and experts_file both say which experts train; remove one of them")
     if not trainable.include and trainable.experts is None:
         raise UserError("trainable.include=[]: nothing would train; give at least one pattern, '*' for all")
     for layer, ids in (trainable.experts or {}).items():

@@ -9,20 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.config.checks import check_paths, validate
+from moe_dist.config.expert_files import read_expert_config
 from moe_dist.config.keys import check_known
 from moe_dist.config.plain_yaml import MAX_BYTES, parse
 from moe_dist.config.references import resolve
-from moe_dist.config.schema import RunConfig
+from moe_dist.config.schema import RunConfig, TrainableSection
 from moe_dist.errors import UserError
 
 
 def load(path: str | os.PathLike, overrides: Sequence[str] = (), *, paths: bool = True) -> RunConfig:
     """Read a YAML file, apply overrides such as 'train.lr=1e-4' in order, and check the result.
 
-    paths: also require that local paths exist (not so for a stage whose input an earlier stage makes).
+    paths: also require that local paths exist, and read trainable.experts_file (not so for a stage whose input an
+    earlier stage makes).
     Raises UserError that names the file or the override, the key, and what to do.
     """
-    config = build(read_mapping(path), overrides, origin=os.fspath(path), name=_safe_name(Path(path).stem))
+    tree, name = read_mapping(path), _safe_name(Path(path).stem)
+    config = build(tree, overrides, origin=os.fspath(path), name=name, files=paths)
     if paths:
         check_paths(config)
     return config
@@ -55,8 +58,13 @@ def build(
     *,
     origin: str = "configuration",
     name: str = "run",
+    files: bool = True,
 ) -> RunConfig:
-    """A checked RunConfig from nested plain values. `name` is what the run is called when run.name is absent."""
+    """A checked RunConfig from nested plain values. `name` is what the run is called when run.name is absent.
+
+    files: replace trainable.experts_file by what is in it, so that a run goes on with the same experts whatever
+    becomes of the file.
+    """
     if "stages" in tree:
         raise UserError(f"{origin}: this is a recipe of stages; run it with `moe-dist run`")
     tree = copy.deepcopy(tree)
@@ -73,7 +81,15 @@ def build(
     config = _typed(resolve(whole, origin=origin), origin)
     _finish(config)
     validate(config)
+    if files and config.trainable.experts_file is not None:
+        _take_experts(config.trainable)
     return config
+
+
+def _take_experts(section: TrainableSection) -> None:
+    found = read_expert_config(section.experts_file)
+    section.experts, section.experts_file = found.experts, None
+    section.shared_experts, section.non_expert_modules = found.shared_experts, found.non_expert_modules
 
 
 def _typed(tree: dict[str, Any], origin: str) -> RunConfig:
@@ -119,7 +135,13 @@ def _source(value: Any) -> Any:
 def _finish(config: RunConfig) -> None:
     """Fill in what follows from other keys: '~' in paths, and a name of its own for every source."""
     config.run.dir = os.path.expanduser(config.run.dir)
-    for section, name in ((config.model, "path"), (config.model, "tokenizer"), (config.data, "cache_dir")):
+    for section, name in (
+        (config.model, "path"),
+        (config.model, "tokenizer"),
+        (config.data, "cache_dir"),
+        (config.parallel, "placement_scores"),
+        (config.trainable, "experts_file"),
+    ):
         if getattr(section, name) is not None:
             setattr(section, name, os.path.expanduser(getattr(section, name)))
     for sources in (config.data.train, config.data.eval):

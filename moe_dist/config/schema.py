@@ -105,6 +105,9 @@ class ParallelSection:
         choices=("contiguous", "balanced"),
         free=True,
     )
+    placement_scores: str | None = key(
+        None, "summary.json of `esft score`: balanced then spreads the load that it has counted, too.", free=True
+    )
     reduce_bucket_size: int = key(
         50_000_000,
         "Elements of a ZeRO reduction bucket (its buffers count against memory).",
@@ -172,6 +175,11 @@ class TrainableSection:
     exclude: list[str] = key([], "Glob patterns taken out again.")
     experts: dict[str, list[int]] | None = key(
         None, "Layer index to the expert ids that train; layers not named train none. null = all that match."
+    )
+    shared_experts: bool = key(True, "Shared experts that match train; false freezes them.")
+    non_expert_modules: bool = key(True, "What is no expert of either kind and matches trains; false freezes it.")
+    experts_file: str | None = key(
+        None, "Expert config of `esft select`: gives experts, shared_experts and non_expert_modules."
     )
     freeze_router: bool = key(False, "Freeze router weight, bias and the update of the expert bias.")
 

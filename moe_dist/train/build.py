@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from moe_dist.config.expert_files import read_summary
 from moe_dist.config.schema import RunConfig
 from moe_dist.data.offline_tokenizer import OFFLINE, offline_tokenizer
 from moe_dist.errors import UserError
@@ -18,7 +19,7 @@ from moe_dist.models.skeleton import build_skeleton, make_config, read_config
 from moe_dist.models.surgery import Seating, moe_layers, swap
 from moe_dist.moe.placement import balance
 from moe_dist.parallel.grid import Grid
-from moe_dist.train.trainable import Selection, freeze, select
+from moe_dist.train.trainable import Selection, freeze, layer_index, select
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,24 @@ def load_tokenizer(config: RunConfig, plan: ModelPlan):
 
 
 def _placement(config: RunConfig, layers: list, selection: Selection, grid: Grid) -> Seating:
-    if config.parallel.placement == "contiguous":
+    if config.parallel.placement == "contiguous" or grid.expert == 1:
         return "contiguous"
-    return {
-        name: balance([1.0] * layer.spec.num_experts, ranks=grid.expert, trainable=selection.experts[name])
-        for name, layer in layers
-    }
+    loads = {name: [1.0] * layer.spec.num_experts for name, layer in layers}
+    if config.parallel.placement_scores is not None:
+        loads = _measured(config.parallel.placement_scores, loads)
+    return {name: balance(load, ranks=grid.expert, trainable=selection.experts[name]) for name, load in loads.items()}
+
+
+def _measured(path: str, loads: dict[str, list[float]]) -> dict[str, list[float]]:
+    """How much each expert of each layer was used, from the token scores in a file."""
+    scores = read_summary(path).of_kind("token", where=path)
+    measured = {}
+    for layer, load in loads.items():
+        index = str(layer_index(layer))
+        measured[layer] = scores.get(index, [])
+        if len(measured[layer]) != len(load):
+            raise UserError(
+                f"parallel.placement_scores={path}: {len(measured[layer])} scores for layer {index}, which has "
+                f"{len(load)} experts in this model; take scores of this model"
+            )
+    return measured

@@ -1,7 +1,8 @@
 """What trains: from `trainable:` in the configuration to a set of names and expert ids, and the table of it.
 
 Patterns are globs over parameter names as transformers has them in memory; the experts of a layer count as the names
-`<layer>.gate_up_proj` and so on, and train whole or not at all. `experts` narrows the layers' experts by global id.
+`<layer>.gate_up_proj` and so on, and train whole or not at all. `experts` narrows the layers' experts by global id;
+`shared_experts` and `non_expert_modules`, where false, freeze what the patterns match of the two groups.
 A pattern that matches nothing is an error: it would freeze or train something else than its author believes.
 """
 
@@ -32,6 +33,7 @@ def select(section: TrainableSection, model: nn.Module, routers: list[str]) -> S
     `routers`: module names of the routers, for `freeze_router`. Raises UserError for patterns, layers or ids that do
     not exist, for patterns that split an expert, and where nothing at all would train.
     """
+    assert section.experts_file is None, "the expert config is read when the configuration is loaded"
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoEExperts)}
     inside = {f"{layer}.{span}." for layer in layers for span in ("trainable", "frozen")}
     dense = [name for name, _ in model.named_parameters() if not any(name.startswith(prefix) for prefix in inside)]
@@ -52,7 +54,9 @@ def select(section: TrainableSection, model: nn.Module, routers: list[str]) -> S
         experts[layer] = tuple(range(layers[layer].spec.num_experts)) if hit else ()
     if section.experts is not None:
         experts = _narrow(experts, section.experts, layers)
-    selection = Selection(frozenset(chosen & set(dense)), experts)
+    allowed = {True: section.shared_experts, False: section.non_expert_modules}
+    names = frozenset(name for name in dense if name in chosen and allowed[is_shared_expert(name)])
+    selection = Selection(names, experts)
     if not selection.names and not any(experts.values()):
         raise UserError("trainable: nothing would train; widen trainable.include or trainable.experts")
     return selection
@@ -69,6 +73,11 @@ def layer_index(name: str) -> int | None:
     """The number of the decoder layer that a module or parameter name lies in."""
     found = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.|$)", name)
     return int(found.group(1)) if found else None
+
+
+def is_shared_expert(name: str) -> bool:
+    """Whether a parameter belongs to the experts that every token goes through, their gate included."""
+    return re.search(r"(?:^|\.)shared_(?:experts?|expert_gate|mlp)\.", name) is not None
 
 
 def _matching(patterns: list[str], names: list[str], key: str) -> set[str]:

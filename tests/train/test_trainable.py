@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from moe_dist.config.load import build
@@ -122,3 +124,51 @@ def test_a_hub_name_is_no_error_in_a_dry_run():
 
 def test_human_bytes():
     assert [human_bytes(size) for size in (0, 1023, 1536, 3 * 2**30)] == ["0 B", "1,023 B", "1.5 KiB", "3.0 GiB"]
+
+
+def test_an_expert_config_says_what_trains(tmp_path):
+    file = tmp_path / "experts.json"
+    file.write_text('{"experts": {"2": [4, 1]}, "shared_experts": false, "non_expert_modules": false}')
+    made = config(trainable={"experts_file": str(file)})
+    # The configuration keeps what was in the file, and not the file.
+    assert made.trainable.experts == {"2": [4, 1]}
+    assert made.trainable.experts_file is None
+    file.unlink()
+    selection = plan_model(made, layout(1)).selection
+    assert selection.names == frozenset()
+    assert selection.experts == {"model.layers.1.mlp.experts": (), "model.layers.2.mlp.experts": (1, 4)}
+
+    with pytest.raises(UserError, match=r"experts\.json: no such file"):
+        config(trainable={"experts_file": str(file)})
+    with pytest.raises(UserError, match="both say which experts train"):
+        config(trainable={"experts_file": str(file), "experts": {"2": [1]}})
+
+
+def test_shared_experts_and_the_rest_are_frozen_by_group():
+    shared = {"shared_expert_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2}
+    model = {"config": {**ARCHITECTURE, "model_type": "qwen2_moe", **shared}}
+    whole = plan(model=model).selection.names
+    of_shared = {name for name in whole if ".shared_expert" in name}
+    assert "model.layers.1.mlp.shared_expert_gate.weight" in of_shared
+    assert plan(model=model, trainable={"shared_experts": False}).selection.names == whole - of_shared
+    assert plan(model=model, trainable={"non_expert_modules": False}).selection.names == of_shared
+
+
+def test_balanced_placement_takes_the_load_from_scores(tmp_path):
+    file = tmp_path / "summary.json"
+    scores = {"0": 0.4, "1": 0.05, "2": 0.05, "3": 0.1, "4": 0.2, "5": 0.2}
+    file.write_text(json.dumps({"token_scores": {"1": scores, "2": scores}}))
+    parallel = {"expert": 2, "placement": "balanced", "placement_scores": str(file)}
+    trainable = {"include": ["*.experts.*"], "experts": {"2": [4, 5]}}
+    made = plan(2, parallel=parallel, trainable=trainable)
+    heavy, light = made.placement["model.layers.2.mlp.experts"]
+    assert sorted(sum(scores[str(expert)] for expert in held) for held in (heavy, light)) == pytest.approx([0.35, 0.65])
+    assert {4, 5} & set(heavy)
+    assert {4, 5} & set(light)
+    assert plan(1, parallel={**parallel, "expert": 1}).placement == "contiguous"
+
+    file.write_text(json.dumps({"token_scores": {"1": scores}}))
+    with pytest.raises(UserError, match="0 scores for layer 2, which has 6 experts"):
+        plan(2, parallel=parallel)
+    with pytest.raises(UserError, match=r"only with parallel\.placement=balanced"):
+        config(parallel={"placement_scores": str(file)})

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     ranks = environment.apply(local_rank=args.local_rank)
     summary = _from_logs(args) if args.logs is not None else _from_model(args, ranks)
     if ranks.rank == 0:
-        from moe_dist.methods.esft.formats import write_summary
+        from moe_dist.config.expert_files import write_summary
 
         write_summary(args.out, summary)
         extra = summary.extra

@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.compare and args.plots is None:
         raise UserError("--compare is for --plots DIR")
-    from moe_dist.methods.esft.formats import read_summary, write_expert_config, write_json
+    from moe_dist.config.expert_files import read_summary, write_expert_config
+    from moe_dist.config.strict_json import write_json
     from moe_dist.methods.esft.selection import choose, render
 
     summary = read_summary(args.scores)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from moe_dist.methods.esft.formats import Summary
+from moe_dist.config.expert_files import Summary
 from moe_dist.methods.esft.selection import Choice, coverage_curve, overlap
 from moe_dist.report.plots import bars, heat_map, lines
 

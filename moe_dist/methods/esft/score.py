@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_dist.config.expert_files import Summary
 from moe_dist.errors import UserError
 from moe_dist.methods.esft.counting import ExpertCounter, sum_over_ranks
-from moe_dist.methods.esft.formats import Summary, find_router_logs, read_router_log
+from moe_dist.methods.esft.router_logs import find_router_logs, read_router_log
 from moe_dist.models.surgery import moe_layers
 from moe_dist.parallel.grid import Grid
 from moe_dist.train.trainable import layer_index

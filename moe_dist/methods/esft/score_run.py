@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from moe_dist.checkpoint import fingerprint
+from moe_dist.config.expert_files import Summary
 from moe_dist.config.schema import RunConfig
 from moe_dist.data.attention import check_packing, model_inputs
 from moe_dist.data.fingerprint import digest
 from moe_dist.data.loader import TrainData, build_data
 from moe_dist.errors import UserError
-from moe_dist.methods.esft.formats import Summary
 from moe_dist.methods.esft.score import RoutingScores
 from moe_dist.parallel.grid import build_grid
 from moe_dist.train.build import ModelPlan, build_model, load_tokenizer, plan_model

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moe_dist.config.expert_files import KINDS, ExpertConfig
 from moe_dist.errors import UserError
-from moe_dist.methods.esft.formats import KINDS, ExpertConfig
 from moe_dist.methods.esft.select import least_used_experts, random_experts, ranked, select_experts
 
 DEFAULT_P = {"token": 0.2, "gate": 0.1}  # the paper's

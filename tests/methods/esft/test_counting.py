@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from moe_dist.cli.main import main
+from moe_dist.config.expert_files import read_summary
 from moe_dist.errors import EXIT_OK, EXIT_USER, UserError
 from moe_dist.methods.esft.counting import ExpertCounter, sum_over_ranks
-from moe_dist.methods.esft.formats import read_summary
 from moe_dist.methods.esft.score import score_logs, summarise
 from tests.methods.esft import published
 

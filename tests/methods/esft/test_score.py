@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 
+from moe_dist.config.expert_files import read_summary, write_summary
 from moe_dist.config.load import build
-from moe_dist.methods.esft.formats import read_summary, write_summary
 from moe_dist.methods.esft.score import RoutingScores
 from moe_dist.methods.esft.score_run import score_run
 from moe_dist.models import load_model

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from moe_dist.config.expert_files import read_expert_config, read_summary
 from moe_dist.errors import UserError
 from moe_dist.methods.esft import least_used_experts, random_experts, select_experts
-from moe_dist.methods.esft.formats import read_expert_config, read_summary
 from tests.methods.esft import published
 
 
