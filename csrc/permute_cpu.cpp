@@ -91,28 +91,55 @@ void with_dtype(Dtype dtype, const F& body) {
   return dtype == Dtype::f32 ? body(float{}) : body(bf16{});
 }
 
+// Counts the experts of slots [begin, end) -> the largest id that is not below E, else -1.
+template <class Id>
+int64_t count_experts(const Id* id_of, int64_t begin, int64_t end, int64_t num_experts, int32_t* count) {
+  int64_t worst = -1;
+  for (int64_t slot = begin; slot < end; ++slot) {
+    const int64_t id = id_of[slot];
+    if (static_cast<uint64_t>(id) < static_cast<uint64_t>(num_experts)) {
+      ++count[id];
+    } else {
+      worst = std::max(worst, id);  // a dropped slot is negative: -1 at most
+    }
+  }
+  return std::max<int64_t>(worst, -1);
+}
+
+// Gives slots [begin, end) their rows, in order; next holds the next row of each expert.
+template <class Id>
+void place_slots(
+    const Id* id_of, int64_t begin, int64_t end, int32_t* next, int32_t* row_of_slot, int32_t* slot_of_row) {
+  for (int64_t slot = begin; slot < end; ++slot) {
+    const int64_t id = id_of[slot];
+    if (id < 0) {
+      row_of_slot[slot] = -1;
+      continue;
+    }
+    const int32_t row = next[id]++;
+    row_of_slot[slot] = row;
+    slot_of_row[row] = static_cast<int32_t>(slot);
+  }
+}
+
+// Each chunk of slots counts its experts; a scan over (expert, chunk) turns the counts into the first row of each
+// expert in each chunk; then each chunk hands out rows in order. Any cut into chunks gives the same, stable, sort.
 template <class Id>
 void sort_slots(const Ids& ids, int64_t num_experts, const RowMap& out) {
   const Id* id_of = static_cast<const Id*>(ids.data);
-  // Each chunk of slots counts its experts; a scan over (expert, chunk) turns the counts into the first row of each
-  // expert in each chunk; then each chunk hands out rows in order. Any cut into chunks gives the same, stable, sort.
   const int64_t chunks = std::clamp<int64_t>(ids.slots / kSlotsPerThread, 1, torch::stable::get_num_threads());
   std::vector<int32_t> cursor(chunks * num_experts, 0);
   std::vector<int64_t> worst(chunks, -1);
-  const auto first_slot = [&](int64_t chunk) { return ids.slots * chunk / chunks; };
-
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      int32_t* count = cursor.data() + chunk * num_experts;
-      for (int64_t slot = first_slot(chunk); slot < first_slot(chunk + 1); ++slot) {
-        const int64_t id = id_of[slot];
-        if (id >= num_experts) {
-          worst[chunk] = std::max(worst[chunk], id);
-        } else if (id >= 0) {
-          ++count[id];
-        }
+  const auto for_chunks = [&](const auto& body) {
+    torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+      for (int64_t chunk = first; chunk < last; ++chunk) {
+        body(chunk, ids.slots * chunk / chunks, ids.slots * (chunk + 1) / chunks);
       }
-    }
+    });
+  };
+
+  for_chunks([&](int64_t chunk, int64_t begin, int64_t end) {
+    worst[chunk] = count_experts(id_of, begin, end, num_experts, cursor.data() + chunk * num_experts);
   });
   out.status[1] = *std::max_element(worst.begin(), worst.end());
   if (out.status[1] >= 0) return;
@@ -130,16 +157,8 @@ void sort_slots(const Ids& ids, int64_t num_experts, const RowMap& out) {
   }
   out.status[0] = row;
 
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      int32_t* next = cursor.data() + chunk * num_experts;
-      for (int64_t slot = first_slot(chunk); slot < first_slot(chunk + 1); ++slot) {
-        const int64_t id = id_of[slot];
-        const int32_t row_here = id < 0 ? -1 : next[id]++;
-        out.row_of_slot[slot] = row_here;
-        if (row_here >= 0) out.slot_of_row[row_here] = static_cast<int32_t>(slot);
-      }
-    }
+  for_chunks([&](int64_t chunk, int64_t begin, int64_t end) {
+    place_slots(id_of, begin, end, cursor.data() + chunk * num_experts, out.row_of_slot, out.slot_of_row);
   });
 }
 
