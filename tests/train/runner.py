@@ -237,7 +237,7 @@ def resumed(case: Case) -> tuple[dict, dict]:
     accumulate(engine, rows[0])
     engine.step(RATES[0])
     kept = {kind: list(engine.fragments(kind)) for kind in ("weights", "exp_avg", "exp_avg_sq")}
-    fresh = build(case, toy.full_weights(seed=5))
+    fresh = build(case)
     own = {(kind, f.name, f.expert, f.offset): f.tensor for kind in kept for f in kept[kind]}
 
     def read(kind, places):
@@ -252,3 +252,13 @@ def resumed(case: Case) -> tuple[dict, dict]:
     found = state_of(fresh)
     fresh.close()
     return expected, found
+
+
+def partitions(case: Case) -> dict[str, tuple[int, int]]:
+    """ZeRO 3: name -> (elements of the whole parameter, elements that this rank keeps of it)."""
+    engine = build(case)
+    sizes = {
+        name: (parameter.ds_numel, parameter.ds_tensor.numel()) for name, parameter in engine.module.named_parameters()
+    }
+    engine.close()
+    return sizes

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.train.runner import FAULTS, Case, assembled, load_and_return, resumed, steps_with, train
+from tests.train.runner import FAULTS, Case, assembled, load_and_return, partitions, resumed, steps_with, train
 
 WORLD = 4
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
@@ -118,3 +118,11 @@ def test_a_bad_step_never_happened(ranks, stage, precision, fault):
 
 def test_every_kind_of_fault_is_covered():
     assert set(FAULTS) == {"loss is nan", "loss alone is inf", "gradient alone is nan"}
+
+
+def test_zero_3_cuts_experts_over_their_replicas_only(ranks):
+    """Frozen and trainable experts over the two ranks that hold them, everything else over all four."""
+    for sizes in ranks(WORLD, partitions, Case(ep=2, stage=3, trainable=TRAINABLE), timeout=120):
+        for name, (whole_numel, kept) in sizes.items():
+            assert kept == -(-whole_numel // (2 if ".experts." in name else 4)), name
+        assert "layers.1.experts.frozen.gate_up_proj" in sizes
