@@ -19,7 +19,10 @@ import traceback
 from multiprocessing.connection import wait
 
 GRACE = 3.0  # seconds that the other ranks get after one has failed: they may be waiting for it in a collective
-START = 300.0  # seconds for the ranks to import torch and meet
+START = 300.0  # seconds for the slow imports, once, and for the ranks to meet
+
+
+PRELOAD = ["torch", "transformers.modeling_utils", "deepspeed", "moe_dist.train.loop"]
 
 
 class RankFailure(AssertionError):
@@ -82,7 +85,9 @@ class RankPool:
         self.processes = []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        # The ranks are forked from a process that has imported the slow packages once, for all pools.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
         self.folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self.logs = [os.path.join(self.folder.name, f"rank{rank}.log") for rank in range(self.world)]
         port, self.pipes = free_port(), []
