@@ -54,7 +54,7 @@ def find_latest(root: str | Path, *, verify: str = "full", clear: bool = False, 
         report = verify_all(root / name, group=group) if verify == "full" else None
         if report is None or report.ok:
             return Found(root / name, tuple(notes))
-        notes.append(f"{name} is passed over: " + "; ".join(map(str, report.problems)))
+        notes.append(f"{name} is passed over: {report.brief()}")
     return Found(None, tuple(notes))
 
 

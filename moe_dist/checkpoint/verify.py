@@ -28,6 +28,7 @@ from moe_dist.checkpoint.tensorfile import TensorFile
 
 _READ_BYTES = 16 << 20
 _AT_ONCE = 1 << 22  # elements, so that a big tensor costs no big mask
+_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,14 @@ class Report:
     def ok(self) -> bool:
         return not self.problems
 
+    def brief(self) -> str:
+        """The first few problems on one line, and how many there are besides."""
+        shown, more = self.problems[:_SHOWN], len(self.problems) - _SHOWN
+        return "; ".join(map(str, shown)) + (f"; and {more} more" if more > 0 else "")
+
     def raise_if_bad(self) -> None:
         if self.problems:
-            raise CheckpointError(f"{self.path}: " + "; ".join(map(str, self.problems)))
+            raise CheckpointError(f"{self.path}: {self.brief()}")
 
     def __str__(self) -> str:
         if self.ok:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from moe_dist.checkpoint import verify
+from moe_dist.checkpoint import CheckpointError, Problem, Report, verify
 from moe_dist.checkpoint.format import MANIFEST
 from tests.checkpoint.damage import flip, swap, trust
 from tests.checkpoint.worlds import World, on_threads, saved, truth
@@ -156,3 +157,11 @@ def test_an_unreadable_file_is_a_problem_and_no_exception(path, monkeypatch):
     report = verify(path)
     assert not report.ok
     assert {problem.what for problem in report.problems} == {"not readable (Input/output error)"}
+
+
+def test_a_long_list_of_problems_is_cut_where_it_is_one_message():
+    report = Report(Path("step-3"), 1, 10, tuple(Problem(f"rank-{n}.safetensors", "missing") for n in range(11)))
+    assert report.brief().endswith("rank-7.safetensors: missing; and 3 more")
+    with pytest.raises(CheckpointError, match="and 3 more"):
+        report.raise_if_bad()
+    assert str(report).count("missing") == 11
