@@ -70,10 +70,12 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 def _binding(tree: dict[str, Any]) -> dict[str, Any]:
     """{section: {key: value}} without the keys that may change when a run is resumed."""
-    kept = {}
+    kept, defaults = {}, dataclasses.asdict(RunConfig())
     for section, (kind, _) in fields_of(RunConfig).items():
         free = {name for name, (_, field) in fields_of(kind).items() if field.metadata["free"]}
-        kept[section] = {name: value for name, value in tree.get(section, {}).items() if name not in free}
+        # A key that is newer than the file that was read had, in effect, its default.
+        whole = {**defaults[section], **tree.get(section, {})}
+        kept[section] = {name: value for name, value in whole.items() if name not in free}
     return kept
 
 

@@ -47,3 +47,10 @@ def test_fingerprint_ignores_layout_and_sees_learning():
 def test_differences_name_the_keys():
     before, after = to_dict(made()), to_dict(made("train.lr=1", "train.betas.1=0.5", "checkpoint.every=7"))
     assert differences(before, after) == ["train.betas.1: 0.95 -> 0.5", "train.lr: 0.0001 -> 1.0"]
+
+
+def test_a_run_from_before_a_key_existed_goes_on():
+    before, after = to_dict(made()), to_dict(made())
+    del before["train"]["nan_policy"], before["train"]["eps"], before["moe"]
+    assert differences(before, after) == []
+    assert differences(before, to_dict(made("train.eps=1e-6"))) == ["train.eps: 1e-08 -> 1e-06"]
