@@ -197,6 +197,9 @@ def tiny_model(family: str, experts: str) -> PreTrainedModel:
             error = reason
             continue
         with torch.no_grad():
+            for _, module in find_experts(model):
+                for parameter in module.parameters():
+                    parameter.zero_()  # not every family's rule initialises its experts
             for tensor in model.state_dict().values():
                 if tensor.is_floating_point():
                     tensor.add_(0.05 * torch.randn_like(tensor))

@@ -1,0 +1,30 @@
+"""The general path on families that each differ from the named ones in another way; `make families` runs them all."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+
+from moe_dist.models.families import FAMILIES
+from tests.families.check import RANKS, check
+from tests.families.tiny import experts_classes
+
+ODD = {
+    "aria": "transposed, stacked on disk under names of its own",
+    "ernie4_5_vl_moe": "one list of experts on disk for two modules in memory",
+    "muse_spark": "a normalisation behind every expert",
+    "nemotron_h": "no gate",
+    "qwen3_vl_moe": "stacked on disk, transposed where the shape says so",
+}
+
+
+@pytest.mark.parametrize("family", ODD)
+def test_load_gradients_and_export(ranks, tmp_path, family):
+    experts = dict(experts_classes())[family]
+    result = check(family, experts, tmp_path, partial(ranks, RANKS))
+    assert result.stage is None, f"{result.stage}: {result.reason}"
+
+
+def test_every_named_family_is_among_them():
+    assert set(FAMILIES) < {family for family, _ in experts_classes()}
