@@ -34,7 +34,7 @@ from moe_dist.checkpoint.fragments import Fragment, Place
 from moe_dist.errors import UserError
 from moe_dist.parallel.grid import Grid
 from moe_dist.train.optim import create_state, parameter_groups
-from moe_dist.train.pieces import KINDS, MOMENTS, Piece, global_names
+from moe_dist.train.pieces import KINDS, Piece, global_names
 from moe_dist.train.plain import PlainBackend
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -264,6 +264,3 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-
-
-__all__ = ["MOMENTS", "Engine", "StepResult", "build_engine"]

@@ -15,8 +15,7 @@ from torch import nn
 from moe_dist.checkpoint.fragments import NOT_EXPERT, Fragment, Place, split_flat, wanted_for
 from moe_dist.moe.layer import MoEExperts
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-KINDS = ("weights", *MOMENTS)
+KINDS = ("weights", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
