@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from multiprocessing.connection import wait
+from pathlib import Path
 
 GRACE = 3.0  # seconds that the other ranks get after one has failed: they may be waiting for it in a collective
 START = 300.0  # seconds for the slow imports, once, and for the ranks to meet
@@ -149,6 +150,7 @@ class RankPool:
         time.sleep(0.5)
         stacks = []
         for rank in silent:
-            with open(self.logs[rank]) as log:
-                stacks.append(f"--- rank {rank} was at\n{log.read()}")
+            known = os.path.exists(self.logs[rank])
+            stack = Path(self.logs[rank]).read_text() if known else "its imports: it has no log yet"
+            stacks.append(f"--- rank {rank} was at\n{stack}")
         return f"{what}: ranks {silent} of {self.world} did not answer in {timeout} s\n" + "\n".join(stacks)

@@ -53,29 +53,40 @@ class Fault:
 
 
 def expert_gradient_times_ep(original):
-    return lambda *args: 2 * original(*args)
+    return _changed_weight_gradients(original, lambda gradient, counts: gradient.mul_(2))
 
 
 def expert_gradient_mean_over_ranks(original):
-    return lambda *args: original(*args) / 2
+    return _changed_weight_gradients(original, lambda gradient, counts: gradient.div_(2))
 
 
 def stale_experts_without_rows(original):
     """The gradient of an expert without tokens is left over memory in place of zeros."""
 
-    def grouped(grad_RB, x_RA, w_SBA, counts):
-        gradient = original(grad_RB, x_RA, w_SBA, counts)
+    def leave(gradient, counts):
         gradient[[seat for seat, count in enumerate(counts) if count == 0]] = 1e-3
-        return gradient
 
-    return grouped
+    return _changed_weight_gradients(original, leave)
 
 
-def swiglu_slope_without_its_second_term(original):
-    def backward(activation, grad_RI, z_RF):
-        gate, up = z_RF.chunk(2, dim=-1)
-        silu = torch.nn.functional.silu(gate)
-        return silu * up, torch.cat([grad_RI * up * gate.sigmoid(), grad_RI * silu], dim=-1)
+def last_row_without_gradient(original):
+    def backward(ctx, grad):
+        grads = original(ctx, grad)
+        grads[0][-1:] = 0
+        return grads
+
+    return backward
+
+
+def _changed_weight_gradients(original, change):
+    """`change(gradient [S,...], rows of each seat)` works in place on every weight gradient of the grouped MLP."""
+
+    def backward(ctx, grad):
+        grads = original(ctx, grad)
+        for place, gradient in enumerate(grads[4:]):
+            if gradient is not None:
+                change(gradient, ctx.counts[place // 4])
+        return grads
 
     return backward
 
@@ -248,14 +259,14 @@ def only_the_last_micro_batch(original):
 
 
 MOE, TRAIN, MODELS = "moe_dist.moe", "moe_dist.train", "moe_dist.models"
-MLP = "moe_dist.ops.grouped_mlp"
+MLP_BACKWARD = "moe_dist.ops.grouped_mlp:_GroupedMLP.backward"
 SEAM = f"{TRAIN}.deepspeed_seam"
 
 FAULTS = {
-    "expert gradient x EP": Fault(f"{MLP}:grouped_weight_grad", expert_gradient_times_ep),
-    "expert gradient averaged": Fault(f"{MLP}:grouped_weight_grad", expert_gradient_mean_over_ranks),
-    "expert without rows": Fault(f"{MLP}:grouped_weight_grad", stale_experts_without_rows, FOUR),
-    "swiglu slope": Fault(f"{MLP}:_activation_backward", swiglu_slope_without_its_second_term, ONE_RANK),
+    "expert gradient x EP": Fault(MLP_BACKWARD, expert_gradient_times_ep),
+    "expert gradient averaged": Fault(MLP_BACKWARD, expert_gradient_mean_over_ranks),
+    "expert without rows": Fault(MLP_BACKWARD, stale_experts_without_rows, FOUR),
+    "last row without gradient": Fault(MLP_BACKWARD, last_row_without_gradient, ONE_RANK),
     "router detached": Fault(f"{MOE}.layer:combine", router_weights_detached, ONE_RANK),
     "probabilities flipped": Fault(f"{MOE}.layer:combine", probabilities_in_the_wrong_order, ONE_RANK),
     "balance loss x ranks": Fault(f"{TRAIN}.routing:Routing.loss_share", balance_loss_once_per_rank, BALANCED),
