@@ -11,10 +11,10 @@ from moe_dist.errors import UserError
 
 
 def cosine(step: int, *, total: int, warmup: int = 0, min_ratio: float = 0.0) -> float:
-    """Half a cosine from 1 at step `warmup` down to `min_ratio` at the last step, `total - 1`."""
+    """Half a cosine from 1 at step `warmup` down to `min_ratio` at `total`, so that the last step still learns."""
     if step < warmup:
         return _warm(step, warmup)
-    progress = min(1.0, (step - warmup) / max(1, total - 1 - warmup))
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return min_ratio + (1.0 - min_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
@@ -24,7 +24,7 @@ def constant(step: int, *, warmup: int = 0) -> float:
 
 
 def wsd(step: int, *, total: int, warmup: int = 0, decay: int | None = None, min_ratio: float = 0.0) -> float:
-    """Warm-up, stable at 1, then a straight line down to `min_ratio` at the last step.
+    """Warm-up, stable at 1, then a straight line down to `min_ratio` at `total`.
 
     decay: steps of that line; a tenth of `total` (at least one) when None.
     """
@@ -34,7 +34,7 @@ def wsd(step: int, *, total: int, warmup: int = 0, decay: int | None = None, min
         return _warm(step, warmup)
     if step < start:
         return 1.0
-    progress = min(1.0, (step - start + 1) / decay)
+    progress = min(1.0, (step - start) / decay)
     return 1.0 + (min_ratio - 1.0) * progress
 
 

@@ -10,8 +10,8 @@ from moe_dist.errors import UserError
 from moe_dist.train.schedule import constant, cosine, learning_rate, wsd
 
 
-def test_cosine_warms_up_to_the_peak_and_ends_at_the_ratio():
-    factors = [cosine(step, total=101, warmup=20, min_ratio=0.1) for step in range(101)]
+def test_cosine_warms_up_to_the_peak_and_falls_to_the_ratio():
+    factors = [cosine(step, total=100, warmup=20, min_ratio=0.1) for step in range(101)]
     assert factors[0] == pytest.approx(1 / 21)
     assert factors[20] == 1.0
     assert factors[60] == pytest.approx(0.55)  # halfway between the peak and the ratio
@@ -33,9 +33,10 @@ def test_wsd_is_flat_and_then_a_straight_line():
     factors = [wsd(step, total=20, warmup=4, decay=5, min_ratio=0.5) for step in range(20)]
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert factors[4:15] == [1.0] * 11
-    assert factors[15:] == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5])
-    assert wsd(99, total=100) == 0.0
-    assert wsd(89, total=100) == 1.0  # a tenth decays where nothing is said
+    assert factors[15:] == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6])
+    assert wsd(20, total=20, decay=5, min_ratio=0.5) == 0.5
+    assert wsd(99, total=100) == pytest.approx(0.1)
+    assert wsd(90, total=100) == 1.0  # a tenth decays where nothing is said
 
 
 @pytest.mark.parametrize("total", [1, 2])
