@@ -21,7 +21,7 @@ from tests.pool import RankFailure
 
 TOLERANCE = 2e-6
 FLOOR = 1e-5  # a gradient below this share of the whole gradient's norm is compared on that scale: it is rounding
-EXACT = 1e-9
+EXACT = 5e-7  # in float64; some norms and routers compute in float32 whatever the model's dtype
 RANKS = 2
 TIMEOUT = 600.0
 
