@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from moe_dist.ops import experts_loop, experts_native, native
 from moe_dist.ops.grouped_mlp import Span, grouped_mlp, swiglu
 from tests.reference import relative_error
 
@@ -214,3 +215,33 @@ def test_inference_keeps_nothing_and_a_second_derivative_is_refused():
     (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         first.sum().backward()
+
+
+@pytest.mark.skipif(not native.has_cpu(), reason="the native library was not built here")
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("counts", [(3,), (40, 1, 0, 2), (7, 9, 8, 0, 6, 7, 9), (0, 0), ()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_over_experts_against_one_after_the_other(counts, threads, dtype):
+    """Every split of experts over threads, hot experts among them: the same products as the plain loop's."""
+    torch.manual_seed(0)
+    span = Span(torch.randn(8, 24, 16).to(dtype), torch.randn(8, 16, 12).to(dtype), None, None, list(counts))
+    x, grad = torch.randn(2, sum(counts), 16).to(dtype)
+    tolerance = 3e-7 if dtype == torch.float32 else 6e-3
+    results = []
+    before = torch.get_num_threads()
+    for backend in (experts_loop, experts_native):
+        assert backend is experts_loop or experts_native.serves(x, span, swiglu)
+        torch.set_num_threads(threads)
+        try:
+            y, z, dx = torch.empty_like(x), x.new_empty(len(x), 24), torch.empty_like(x)
+            grads = [torch.full_like(span.w_in, 7), torch.full_like(span.w_out, 7), None, None]
+            again = [torch.full_like(span.w_in, 7), None, None, None]
+            backend.forward(x, span, swiglu, y, z)
+            backend.forward(x, span, swiglu, y, None)
+            backend.backward(grad, x, z, span, swiglu, dx, grads)
+            backend.backward(grad, x, None, span, swiglu, None, again)
+            results.append([y, z, dx, grads[0], grads[1], again[0]])
+        finally:
+            torch.set_num_threads(before)
+    for ours, plain in zip(*reversed(results), strict=True):
+        assert relative_error(ours, plain) <= tolerance
