@@ -20,13 +20,13 @@ LENGTH = 24
 CLOCK = ("time", "tokens_per_second")
 
 
-def make_files(folder: Path, *families: str, dtype: torch.dtype = torch.float32) -> Path:
-    """`folder` with a text file, a tokenizer, and a tiny model of each family with the tokenizer beside it."""
+def make_files(folder: Path, *families: str, dtype: torch.dtype = torch.float32, **changes) -> Path:
+    """`folder` with a text file and a tiny model of each family (`changes`: to its config), a tokenizer beside it."""
     texts = [f"expert {n} takes {n * 7 % 13} tokens" + " and gives them back" * (n % 4) for n in range(48)]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     tokenizer = train_tokenizer(texts, vocab_size=VOCAB)
     for family in families:
-        made = make_folder(family, folder / family, vocab_size=VOCAB, dtype=dtype)
+        made = make_folder(family, folder / family, vocab_size=VOCAB, dtype=dtype, **changes)
         tokenizer.save_pretrained(made)
     return folder
 

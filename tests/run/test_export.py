@@ -87,9 +87,10 @@ def test_an_fp32_run_is_its_export(ranks, tmp_path):
     same_bits(file_tensors(again), file_tensors(export))
 
 
-def test_a_bf16_export_is_the_masters_rounded_once(ranks, tmp_path):
-    files = make_files(tmp_path, "qwen3_moe", dtype=torch.bfloat16)
-    tree = run_settings(files, "qwen3_moe", "bf16", parallel={"expert": 2, "zero_stage": 1})
+@pytest.mark.parametrize(("stage", "tied"), [(1, False), (2, True)])
+def test_a_bf16_export_is_the_masters_rounded_once(ranks, tmp_path, stage, tied):
+    files = make_files(tmp_path, "qwen3_moe", dtype=torch.bfloat16, tie_word_embeddings=tied)
+    tree = run_settings(files, "qwen3_moe", "bf16", parallel={"expert": 2, "zero_stage": stage})
     assert ranks(2, train, tree, timeout=600) == [0, 0]
     export = tmp_path / "export"
     export_run(files / "run-qwen3_moe", export)
@@ -111,6 +112,7 @@ def test_a_bf16_export_is_the_masters_rounded_once(ranks, tmp_path):
             assert torch.equal(tensors[key], tensor), key
             checked += 1
     assert checked == len(tensors)
+    assert ("lm_head.weight" in tensors) == (not tied)
     assert any(
         not torch.equal(m, m.to(torch.bfloat16).float()) for (kind, *_), m in masters.items() if kind == "weights"
     )
