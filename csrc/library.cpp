@@ -11,6 +11,7 @@
 #include <string>
 #include <tuple>
 
+#include "experts.h"
 #include "pages.h"
 #include "permute.h"
 #include "swiglu.h"
@@ -122,6 +123,16 @@ void swiglu_backward(Tensor da, Tensor z, Tensor a, Tensor dz) {
       dtype_of(z), a.size(0), a.size(1), matrix_of(da), matrix_of(z), matrix_of(a), matrix_of(dz));
 }
 
+void experts_forward(Tensor x, Tensor w_in, Tensor w_out, Tensor counts, Tensor y, std::optional<Tensor> z) {
+  moe_dist::cpu::experts_forward(x, w_in, w_out, counts, y, z);
+}
+
+void experts_backward(
+    Tensor dy, std::optional<Tensor> x, std::optional<Tensor> z, Tensor w_in, Tensor w_out, Tensor counts,
+    std::optional<Tensor> dx, std::optional<Tensor> dw_in, std::optional<Tensor> dw_out) {
+  moe_dist::cpu::experts_backward(dy, x, z, w_in, w_out, counts, dx, dw_in, dw_out);
+}
+
 void advise_huge_pages(Tensor tensor) {
   moe_dist::cpu::advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size());
 }
@@ -217,6 +228,10 @@ STABLE_TORCH_LIBRARY(moe_dist, library) {
       "Tensor(b!)? dprobs) -> ()");
   library.def("swiglu(Tensor z, Tensor(a!) a) -> ()");
   library.def("swiglu_backward(Tensor da, Tensor z, Tensor(a!) a, Tensor(b!) dz) -> ()");
+  library.def("experts_forward(Tensor x, Tensor w_in, Tensor w_out, Tensor counts, Tensor(a!) y, Tensor(b!)? z) -> ()");
+  library.def(
+      "experts_backward(Tensor dy, Tensor? x, Tensor? z, Tensor w_in, Tensor w_out, Tensor counts, Tensor(a!)? dx, "
+      "Tensor(b!)? dw_in, Tensor(c!)? dw_out) -> ()");
   library.def("advise_huge_pages(Tensor(a!) tensor) -> ()");
 }
 
@@ -232,6 +247,8 @@ STABLE_TORCH_LIBRARY_IMPL(moe_dist, CPU, library) {
   library.impl("unpermute_backward", TORCH_BOX(&on_cpu::unpermute_backward));
   library.impl("swiglu", TORCH_BOX(&on_cpu::swiglu));
   library.impl("swiglu_backward", TORCH_BOX(&on_cpu::swiglu_backward));
+  library.impl("experts_forward", TORCH_BOX(&on_cpu::experts_forward));
+  library.impl("experts_backward", TORCH_BOX(&on_cpu::experts_backward));
   library.impl("advise_huge_pages", TORCH_BOX(&on_cpu::advise_huge_pages));
 }
 

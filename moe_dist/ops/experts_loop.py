@@ -1,4 +1,5 @@
-"""The products of a span of experts, one expert after the other: the back end of the grouped MLP on a CPU.
+"""The products of a span of experts, one expert after the other: the back end of the grouped MLP for everything that
+no other back end serves, and their reference.
 
 What lies between an expert's products (z where it is not kept, the activation, their gradients) lives in a scratch
 buffer of one expert's rows, which stays in the cache and is allocated once a call.
@@ -95,7 +96,12 @@ def backward(
             grad_b_in.copy_(wide_sum(grad_z))
         if grad_b_out is not None:
             grad_b_out.copy_(wide_sum(grad))
-    idle = [seat for seat in range(len(w_in_S)) if seat >= len(span.counts) or not span.counts[seat]]
+    zero_idle(span, grads)
+
+
+def zero_idle(span: Span, grads: list[torch.Tensor | None]) -> None:
+    """Zeros into the gradients of the seats that have no rows."""
+    idle = [seat for seat in range(len(span.w_in)) if seat >= len(span.counts) or not span.counts[seat]]
     for grad_S in grads:
         for seat in idle if grad_S is not None else ():
             grad_S[seat].zero_()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from moe_dist.ops import experts_grouped, experts_loop
+from moe_dist.ops import experts_grouped, experts_loop, experts_native
 from moe_dist.ops.experts_loop import Activation, Span
 from moe_dist.ops.memory import empty
 from moe_dist.ops.swiglu import swiglu
@@ -34,15 +34,14 @@ def grouped_mlp(
     return _GroupedMLP.apply(x_RH, [span.counts for span in spans], activation, recompute, *tensors)
 
 
-def _backend(x_RH: torch.Tensor, span: Span):
-    """One kernel for all experts where it is a kernel: CUDA, bf16, strides of whole 16 bytes.
-
-    On a CPU torch's grouped product is a loop inside; the loop here keeps everything between an expert's products in
-    the cache and writes its results into place.
-    """
+def _backend(x_RH: torch.Tensor, span: Span, activation: Activation):
+    """One kernel for all experts where it is a kernel: CUDA, bf16, strides of whole 16 bytes. On a CPU torch's grouped
+    product is a loop inside; the loops here keep everything between an expert's products in the cache and write their
+    results into place."""
     sizes = (*span.w_in.shape[1:], *span.w_out.shape[1:])
-    aligned = all(size * x_RH.element_size() % 16 == 0 for size in sizes)
-    return experts_grouped if x_RH.is_cuda and x_RH.dtype == torch.bfloat16 and aligned else experts_loop
+    if x_RH.is_cuda and x_RH.dtype == torch.bfloat16 and all(size % 8 == 0 for size in sizes):
+        return experts_grouped
+    return experts_native if experts_native.serves(x_RH, span, activation) else experts_loop
 
 
 class _GroupedMLP(torch.autograd.Function):
@@ -57,7 +56,7 @@ class _GroupedMLP(torch.autograd.Function):
             trains = any(ctx.needs_input_grad[4 + 4 * i : 8 + 4 * i])
             backward = trains or ctx.needs_input_grad[0]
             z_RF = empty(x_RH, rows.stop - rows.start, span.w_in.shape[1]) if backward and not recompute else None
-            _backend(x_RH, span).forward(x_RH[rows], span, activation, y_RH[rows], z_RF)
+            _backend(x_RH, span, activation).forward(x_RH[rows], span, activation, y_RH[rows], z_RF)
             saved += [x_RH[rows] if trains or (backward and recompute) else None, z_RF]
         ctx.save_for_backward(*saved, *tensors)
         ctx.counts, ctx.activation = counts, activation
@@ -85,7 +84,7 @@ class _GroupedMLP(torch.autograd.Function):
             if needs_rows or any(needs):
                 x_RH, z_RF = saved[2 * i : 2 * i + 2]
                 grad_x = grad_x_RH[rows] if needs_rows else None
-                _backend(grad_y_RH, span).backward(
+                _backend(grad_y_RH, span, ctx.activation).backward(
                     grad_y_RH[rows], x_RH, z_RF, span, ctx.activation, grad_x, span_grads
                 )
             grads += span_grads

@@ -1,0 +1,211 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <memory>
+#include <numeric>
+#include <vector>
+
+#include "experts.h"
+#include "swiglu.h"
+
+namespace moe_dist {
+namespace cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+// A matrix in memory, transposed where `turned`: what a product takes.
+struct Block {
+  char* data;
+  int64_t rows, columns;
+  bool turned = false;
+
+  Block transposed() const {
+    return {data, columns, rows, !turned};
+  }
+};
+
+// The experts' sizes and where the rows of each begin.
+struct Stack {
+  Stack(const Tensor& w_in, const Tensor& w_out, const Tensor& counts_tensor)
+      : type(w_in.scalar_type()),
+        size(w_in.element_size()),
+        hidden(w_in.size(2)),
+        inner(w_in.size(1)),
+        width(w_out.size(2)),
+        w_in_data(static_cast<char*>(w_in.data_ptr())),
+        w_out_data(static_cast<char*>(w_out.data_ptr())),
+        counts(static_cast<const int64_t*>(counts_tensor.data_ptr())),
+        starts(counts_tensor.numel() + 1, 0) {
+    for (size_t e = 0; e + 1 < starts.size(); ++e) starts[e + 1] = starts[e] + counts[e];
+    STD_TORCH_CHECK(
+        w_in.is_contiguous() && w_out.is_contiguous() && inner == 2 * width && w_out.size(1) == hidden &&
+            counts_tensor.scalar_type() == ScalarType::Long && counts_tensor.numel() <= w_in.size(0),
+        "a stack of experts");
+  }
+  int64_t total() const {
+    return starts.back();
+  }
+  int64_t most() const {
+    return starts.size() > 1 ? *std::max_element(counts, counts + starts.size() - 1) : 0;
+  }
+  // Expert e's part of a tensor [R, columns].
+  Block rows_of(const Tensor& tensor, int64_t e, int64_t columns) const {
+    return {static_cast<char*>(tensor.data_ptr()) + starts[e] * columns * size, counts[e], columns};
+  }
+  Block w_in(int64_t e) const {
+    return {w_in_data + e * inner * hidden * size, inner, hidden};
+  }
+  Block w_out(int64_t e) const {
+    return {w_out_data + e * hidden * width * size, hidden, width};
+  }
+  Block gradient(const Tensor& stacked, int64_t e, int64_t rows, int64_t columns) const {
+    return {static_cast<char*>(stacked.data_ptr()) + e * rows * columns * size, rows, columns};
+  }
+  Dtype dtype() const {
+    return type == ScalarType::Float ? Dtype::f32 : Dtype::bf16;
+  }
+
+  ScalarType type;
+  int64_t size, hidden, inner, width;
+  char *w_in_data, *w_out_data;
+  const int64_t* counts;
+  std::vector<int64_t> starts;
+};
+
+// Memory for what lies between an expert's products, on cache lines of its own.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : memory_(new char[bytes + 64]) {
+    first_ = next_ = memory_.get() + (64 - reinterpret_cast<uintptr_t>(memory_.get()) % 64) % 64;
+  }
+  void release() {
+    next_ = first_;
+  }
+  static int64_t rounded(int64_t bytes) {
+    return (bytes + 63) / 64 * 64;
+  }
+  Block take(int64_t rows, int64_t columns, int64_t most_rows, int64_t size) {
+    const Block block{next_, rows, columns};
+    next_ += rounded(most_rows * columns * size);
+    return block;
+  }
+
+ private:
+  std::unique_ptr<char[]> memory_;
+  char *first_, *next_;
+};
+
+Tensor as_tensor(const Block& block, ScalarType type) {
+  const int64_t sizes[] = {block.rows, block.columns};
+  const int64_t strides[] = {block.turned ? 1 : block.columns, block.turned ? block.rows : 1};
+  return torch::stable::from_blob(
+      block.data, {sizes, 2}, {strides, 2}, torch::stable::Device(torch::headeronly::DeviceType::CPU), type);
+}
+
+// out = a · b by torch's own product: MKL or oneDNN, one thread where this is called from inside a parallel loop.
+void multiply(const Block& a, const Block& b, const Block& out, ScalarType type) {
+  using torch::stable::detail::from;
+  const Tensor left = as_tensor(a, type), right = as_tensor(b, type), target = as_tensor(out, type);
+  std::array<StableIValue, 3> stack{from(left), from(right), from(target)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  (void)torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Matrix matrix_of(const Block& block, int64_t size) {
+  return {block.data, block.columns * size};
+}
+
+// body(expert, scratch, most) for every expert that has rows. The scratch holds, for each of `widths`, a matrix of so
+// many columns and of `most` rows.
+template <class F>
+void for_experts(const Stack& stack, const std::vector<int64_t>& widths, const F& body) {
+  std::vector<int64_t> order(stack.starts.size() - 1);
+  std::iota(order.begin(), order.end(), 0);
+  order.erase(
+      std::remove_if(order.begin(), order.end(), [&](int64_t e) { return stack.counts[e] == 0; }), order.end());
+  std::stable_sort(
+      order.begin(), order.end(), [&](int64_t a, int64_t b) { return stack.counts[a] > stack.counts[b]; });
+
+  const int64_t threads = torch::stable::get_num_threads();
+  const auto run = [&](std::atomic<size_t>& next, size_t end, int64_t most) {
+    int64_t bytes = 0;
+    for (int64_t width : widths) bytes += Scratch::rounded(most * width * stack.size);
+    std::unique_ptr<Scratch> scratch;
+    for (size_t i = next++; i < end; i = next++) {
+      if (!scratch) scratch = std::make_unique<Scratch>(bytes);
+      body(order[i], *scratch, most);
+      scratch->release();
+    }
+  };
+
+  // Experts beyond a fair share by more than a quarter: all threads together.
+  size_t large = 0;
+  int64_t left = stack.total();
+  while (threads > 1 && large < order.size() && 4 * stack.counts[order[large]] * threads > 5 * left) {
+    left -= stack.counts[order[large++]];
+  }
+  std::atomic<size_t> next{0};
+  run(next, large, stack.most());
+  next = large;
+  const int64_t most = large < order.size() ? stack.counts[order[large]] : 0;
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) run(next, order.size(), most);
+  });
+}
+
+}  // namespace
+
+void experts_forward(
+    const Tensor& x, const Tensor& w_in, const Tensor& w_out, const Tensor& counts, const Tensor& y,
+    const std::optional<Tensor>& z) {
+  const Stack stack(w_in, w_out, counts);
+  STD_TORCH_CHECK(x.is_contiguous() && y.is_contiguous() && (!z || z->is_contiguous()), "dense rows expected");
+  const int64_t size = stack.size;
+  for_experts(stack, {stack.width, z ? 0 : stack.inner}, [&](int64_t e, Scratch& scratch, int64_t most) {
+    const int64_t rows = stack.counts[e];
+    const Block a = scratch.take(rows, stack.width, most, size);
+    const Block z_e = z ? stack.rows_of(*z, e, stack.inner) : scratch.take(rows, stack.inner, most, size);
+    multiply(stack.rows_of(x, e, stack.hidden), stack.w_in(e).transposed(), z_e, stack.type);
+    swiglu(stack.dtype(), rows, stack.width, matrix_of(z_e, size), matrix_of(a, size));
+    multiply(a, stack.w_out(e).transposed(), stack.rows_of(y, e, stack.hidden), stack.type);
+  });
+}
+
+void experts_backward(
+    const Tensor& dy, const std::optional<Tensor>& x, const std::optional<Tensor>& z, const Tensor& w_in,
+    const Tensor& w_out, const Tensor& counts, const std::optional<Tensor>& dx, const std::optional<Tensor>& dw_in,
+    const std::optional<Tensor>& dw_out) {
+  const Stack stack(w_in, w_out, counts);
+  STD_TORCH_CHECK(dy.is_contiguous() && (x || (z && !dw_in)), "the rows are needed");
+  for (const auto* tensor : {&x, &z, &dx, &dw_in, &dw_out}) {
+    STD_TORCH_CHECK(!*tensor || (*tensor)->is_contiguous(), "dense tensors expected");
+  }
+  const int64_t size = stack.size;
+  const std::vector<int64_t> widths{stack.width, stack.inner, z ? 0 : stack.inner};
+  for_experts(stack, widths, [&](int64_t e, Scratch& scratch, int64_t most) {
+    const int64_t rows = stack.counts[e];
+    const Block a = scratch.take(rows, stack.width, most, size), dz = scratch.take(rows, stack.inner, most, size);
+    const Block dy_e = stack.rows_of(dy, e, stack.hidden);
+    const Block z_e = z ? stack.rows_of(*z, e, stack.inner) : scratch.take(rows, stack.inner, most, size);
+    if (!z) multiply(stack.rows_of(*x, e, stack.hidden), stack.w_in(e).transposed(), z_e, stack.type);
+    multiply(dy_e, stack.w_out(e), a, stack.type);  // the gradient of a, which a itself replaces in the next line
+    swiglu_backward(
+        stack.dtype(), rows, stack.width, matrix_of(a, size), matrix_of(z_e, size), matrix_of(a, size),
+        matrix_of(dz, size));
+    if (dx) multiply(dz, stack.w_in(e), stack.rows_of(*dx, e, stack.hidden), stack.type);
+    if (dw_in) {
+      const Block target = stack.gradient(*dw_in, e, stack.inner, stack.hidden);
+      multiply(dz.transposed(), stack.rows_of(*x, e, stack.hidden), target, stack.type);
+    }
+    if (dw_out) {
+      multiply(dy_e.transposed(), a, stack.gradient(*dw_out, e, stack.hidden, stack.width), stack.type);
+    }
+  });
+}
+
+}  // namespace cpu
+}  // namespace moe_dist
