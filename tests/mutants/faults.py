@@ -30,7 +30,7 @@ class Fault:
     target: str
     replace: Callable
     cell: Cell = BASE
-    hangs: bool = False  # caught by the timeout
+    stops: bool = False  # the ranks raise or hang in place of finishing
 
     @contextlib.contextmanager
     def planted(self):
@@ -274,10 +274,10 @@ FAULTS = {
     "balance loss of padding": Fault(f"{MOE}.balance:RealTokens.count", padding_in_the_balance_loss, BALANCED),
     "rows to another expert": Fault(f"{MOE}.layer:plan_dispatch", rows_sent_to_the_neighbour),
     "exchange not reversed": Fault(
-        "moe_dist.parallel.collectives:_AllToAll.backward", gradient_of_the_exchange_not_reversed
+        "moe_dist.parallel.collectives:_AllToAll.backward", gradient_of_the_exchange_not_reversed, stops=True
     ),
     "slot lost": Fault(f"{MOE}.layer:plan_dispatch", last_slot_lost, ONE_RANK),
-    "frozen rank leaves": Fault(f"{MOE}.layer:MoEExperts.forward", frozen_rank_leaves_the_graph, ESFT, hangs=True),
+    "frozen rank leaves": Fault(f"{MOE}.layer:MoEExperts.forward", frozen_rank_leaves_the_graph, ESFT, stops=True),
     "expert not loaded": Fault(f"{MODELS}.loading:_read_experts", last_expert_not_loaded),
     "experts doubled": Fault(f"{MODELS}.loading:_read_experts", every_rank_loads_the_first_experts),
     "gate and up exchanged": Fault(f"{MODELS}.layout:Concat.join", gate_and_up_exchanged, ONE_RANK),

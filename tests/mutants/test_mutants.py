@@ -30,7 +30,7 @@ def test_the_clean_cell_passes(ranks, folder, cell):
 def test_the_fault_is_caught(ranks, folder, name):
     fault = FAULTS[name]
     expected = plain.train(fault.cell, folder)
-    if fault.hangs:
+    if fault.stops:
         with pytest.raises(RankFailure, match=r"did not answer|failed first"):
             ranks(fault.cell.world, train_with, name, fault.cell, folder, timeout=10)
         return
