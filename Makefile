@@ -8,6 +8,8 @@ PYTHON ?= python3
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*)
+# A benchmark is a module of benchmarks/; those that begin with _ serve the others.
+BENCHMARKS := $(filter-out _%,$(basename $(notdir $(wildcard benchmarks/*.py))))
 CODE := moe_dist tests configs setup.py $(wildcard csrc/*.py benchmarks)
 
 .PHONY: install quickstart test lint format bench parity families clean
@@ -30,7 +32,7 @@ format: .venv/.package
 	$(BIN)/ruff format $(CODE)
 
 bench: .venv/.package
-	for name in permute moe_layer loading esft_placement; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 parity: .venv/.package
 	$(BIN)/python -m pytest -q tests/parity --all-cells
