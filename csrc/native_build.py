@@ -47,6 +47,9 @@ class NativeBuild(build_ext):
         print(f"moe_dist: {note}", flush=True)
 
     def _build(self):
+        wish = os.environ.get("MOE_DIST_CUDA", "auto")
+        if wish not in ("auto", "0", "1"):
+            raise CudaRequired(f"MOE_DIST_CUDA must be auto, 0 or 1, not {wish!r}")
         from torch.utils.cpp_extension import include_paths, library_paths
 
         (extension,) = self.extensions
@@ -55,15 +58,12 @@ class NativeBuild(build_ext):
         extension.extra_compile_args = FLAGS + DEFINES
         # libtorch stands for whichever of its parts this torch has: a linker must not drop it as unused
         extension.extra_link_args = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
-        cuda = self._compile_cuda(extension)
+        cuda = self._compile_cuda(extension, wish)
         super().run()
         return f"built C++ kernels; {cuda}"
 
-    def _compile_cuda(self, extension):
+    def _compile_cuda(self, extension, wish):
         """Compile the .cu file and add it to the extension -> what came of it."""
-        wish = os.environ.get("MOE_DIST_CUDA", "auto")
-        if wish not in ("auto", "0", "1"):
-            raise CudaRequired(f"MOE_DIST_CUDA must be auto, 0 or 1, not {wish!r}")
         if wish == "0":
             return "no CUDA kernels: MOE_DIST_CUDA=0"
         try:
@@ -129,5 +129,7 @@ def _run(command):
 
 
 def _first_line(error):
+    """What went wrong, in a line: of a compiler that failed its name is enough, its output is in the build log."""
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
+    command = re.match(r"Command '\['([^']+)'.* (returned .*)", text)
+    return f"{command[1]} {command[2]} (pip install -v shows its output)" if command else text.splitlines()[0]
