@@ -64,6 +64,8 @@ class DeepSpeedBackend:
                 model=model, optimizer=self.optimizer, config=config, dist_init_required=False
             )
             logger.setLevel(logging.WARNING)
+        if self._bf16_optimizer:
+            self._spare_the_norm()
         if zero_stage == 3:
             _register_expert_parameters(model, deepspeed)
         if zero_stage == 0:
@@ -150,6 +152,13 @@ class DeepSpeedBackend:
     @property
     def _bf16_optimizer(self) -> bool:
         return hasattr(self.engine.optimizer, "clear_hp_grads")
+
+    def _spare_the_norm(self) -> None:
+        """BF16_Optimizer takes a norm of its own in each step. It fails where only experts train (the list of other
+        gradients is empty), and where the sum of squares leaves fp32 the step is skipped without a word. `Engine` has
+        judged the gradients by then: here the norm is that of one zero."""
+        zero = torch.zeros(1, device=self.grid.device)
+        self.engine.optimizer.get_grads_for_norm = lambda for_clipping=False: ([zero], {})
 
     def _pieces_of_stage_0(self, owned: bool) -> Iterator[Piece]:
         """Everything is replicated: a rank holds all of it, and owns its even slice."""

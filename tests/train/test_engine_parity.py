@@ -60,12 +60,13 @@ def test_gradients_are_clipped_in_some_problems_and_not_in_others():
     assert min(norms) > Case().clip_norm
 
 
-def test_bf16_is_the_same_at_every_stage(ranks):
+@pytest.mark.parametrize("dense_trains", [True, False])
+def test_bf16_is_the_same_at_every_stage(ranks, dense_trains):
     """Gradients are rounded to bf16 once, where a rank's backward makes them; from there on all sums are fp32.
 
     Expert parallelism changes what one backward sums, so only the order of magnitude is bound there.
     """
-    case = {"precision": "bf16", "trainable": [[0, 1], [0, 4]], "accumulation": 2}
+    case = {"precision": "bf16", "trainable": [[0, 1], [0, 4]], "accumulation": 2, "dense_trains": dense_trains}
 
     def run(ep: int, stage: int) -> dict:
         results = ranks(WORLD, train, Case(ep=ep, stage=stage, **case), 1, timeout=120)
