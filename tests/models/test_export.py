@@ -27,8 +27,9 @@ def test_load_export_changes_no_bit(tiny, tmp_path, family, dtype):
     second = transformers.AutoModelForCausalLM.from_pretrained(out)
     assert type(first) is type(second)
     same_bits(dict(second.state_dict()), dict(first.state_dict()))
-    before, after = (json.loads((f / "config.json").read_text()) for f in (folder, out))
-    assert before == after
+    for name in ("config.json", "generation_config.json"):
+        before, after = (json.loads((place / name).read_text()) for place in (folder, out))
+        assert before == after
     assert sorted(file.name for file in out.iterdir()) == sorted(file.name for file in folder.iterdir())
     assert not list(tmp_path.glob(".*"))
 
