@@ -203,7 +203,7 @@ def gradients_averaged_over_ranks(original):
 
 def norm_is_the_mean_of_ranks(original):
     def norm(self):
-        square = sum(float(p.gradient().double().pow(2).sum()) for p in self._backend.pieces)
+        square = sum(float(piece.gradient().double().pow(2).sum()) for piece in self._backend.owned)
         total = torch.tensor([math.sqrt(square)])
         dist.all_reduce(total)
         return total.item() / dist.get_world_size(), False
@@ -213,19 +213,19 @@ def norm_is_the_mean_of_ranks(original):
 
 def norm_of_this_rank_alone(original):
     def norm(self):
-        return math.sqrt(sum(float(p.gradient().double().pow(2).sum()) for p in self._backend.pieces)), False
+        return math.sqrt(sum(float(piece.gradient().double().pow(2).sum()) for piece in self._backend.owned)), False
 
     return norm
 
 
 def norm_without_experts(original):
     def norm(self):
-        pieces = self._backend.pieces
-        self._backend.pieces = [p for p in pieces if not getattr(p.parameter, "is_expert", False)]
+        owned = self._backend.owned
+        self._backend.owned = [piece for piece in owned if not getattr(piece.parameter, "is_expert", False)]
         try:
             return original(self)
         finally:
-            self._backend.pieces = pieces
+            self._backend.owned = owned
 
     return norm
 
@@ -245,9 +245,15 @@ def frozen_experts_train(original):
     return lambda model, grid, **options: original(model, grid, **{**options, "trainable": None})
 
 
-def experts_reduced_over_all_ranks(original):
-    """Expert tensors are taken for dense ones: broadcast and reduced over ranks that hold other experts."""
-    return lambda parameter: False
+def experts_taken_for_dense(original):
+    """Expert tensors are broadcast and reduced over ranks that hold other experts."""
+
+    def init(self, *args, **options):
+        original(self, *args, **options)
+        for parameter in self.parameters():
+            parameter.is_expert = False
+
+    return init
 
 
 def only_the_last_micro_batch(original):
@@ -290,6 +296,6 @@ FAULTS = {
     "never clipped": Fault(f"{TRAIN}.engine:Engine._clip", never_clipped, ONE_RANK),
     "everything decays": Fault(f"{TRAIN}.engine:parameter_groups", everything_decays, ONE_RANK),
     "frozen experts train": Fault(f"{MODELS}.loading:swap", frozen_experts_train, ESFT),
-    "experts reduced over all": Fault(f"{TRAIN}.optim:is_expert", experts_reduced_over_all_ranks),
+    "experts taken for dense": Fault(f"{MOE}.experts:ExpertSpan.__init__", experts_taken_for_dense),
     "last micro-batch only": Fault(f"{TRAIN}.engine:Engine.backward", only_the_last_micro_batch, ONE_RANK),
 }
