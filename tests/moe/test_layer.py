@@ -146,7 +146,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("world,expert", [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)])
+@pytest.mark.parametrize(("world", "expert"), [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)])
 @pytest.mark.parametrize("name", CASES)
 def test_float64(ranks, name, world, expert):
     results = ranks(world, layer_on_a_rank, CASES[name], expert, timeout=20)
