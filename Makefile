@@ -2,7 +2,7 @@
 #   make quickstart   train, resume, export and sample a small model (about six minutes after installation)
 #   make test         lint and the tests
 # PYTHON chooses the interpreter, TORCH the build of torch; a GPU user might say
-#   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"
+#   make test TORCH="torch==2.13.0 --index-url URL"     with the URL of a CUDA build, from the selector on pytorch.org
 
 PYTHON ?= python3
 TORCH ?= $(shell grep '^torch==' constraints.txt)
