@@ -61,7 +61,7 @@ Isa isa() {
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
 // Work that makes a thread worth waking.
 constexpr int64_t kGrainBytes = int64_t{128} << 10;
-constexpr int64_t kSlotsPerThread = int64_t{8} << 10;
+constexpr int64_t kSlotsPerThread = int64_t{32} << 10;
 
 bool streams(Matrix out, int64_t rows, int64_t row_bytes) {
   return isa() != Isa::portable && rows * row_bytes > kStreamBytes && out.stride % 64 == 0 && row_bytes % 64 == 0 &&
