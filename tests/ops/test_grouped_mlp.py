@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from moe_dist.ops import experts_loop, experts_native, native
+from moe_dist.ops import experts_grouped, experts_loop, experts_native, native
 from moe_dist.ops.grouped_mlp import Span, grouped_mlp, swiglu
 from tests.reference import relative_error
 
@@ -217,31 +217,57 @@ def test_inference_keeps_nothing_and_a_second_derivative_is_refused():
         first.sum().backward()
 
 
+def every_result(backend, span, x, grad, activation):
+    """What a back end gives for every choice of what is kept, asked for, and where it goes."""
+    biases = span.b_in is not None
+    y, z = backend.forward(x, span, activation, keep_z=True, out=None)
+    again, none = backend.forward(x, span, activation, keep_z=False, out=torch.empty_like(x))
+    place = x.clone()
+    whole = backend.backward(grad, x, z, span, activation, (True, True, True, biases, biases), out=place)
+    part = backend.backward(grad, x, None, span, activation, (False, True, False, False, False), out=None)
+    assert none is None
+    assert whole[0] is place
+    assert part[0] is part[2] is None
+    return [y, z, again, part[1], *(tensor for tensor in whole if tensor is not None)]
+
+
+def draw_span(counts, dtype, *, bias):
+    """A span of 8 seats, of which `counts` have experts, and rows with their gradient."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(8, 24, 16), torch.randn(8, 16, 12)]
+    tensors += [torch.randn(8, 24), torch.randn(8, 16)] if bias else []
+    span = Span(*[tensor.to(dtype) for tensor in tensors] + [None] * (4 - len(tensors)), list(counts))
+    return span, *torch.randn(2, sum(counts), 16).to(dtype)
+
+
+COUNTS = [(3,), (40, 1, 0, 2), (7, 9, 8, 0, 6, 7, 9), (0, 0), ()]
+CLOSE = {torch.float32: 3e-7, torch.bfloat16: 6e-3}
+
+
 @pytest.mark.skipif(not native.has_cpu(), reason="the native library was not built here")
 @pytest.mark.parametrize("threads", [1, 2, 5])
-@pytest.mark.parametrize("counts", [(3,), (40, 1, 0, 2), (7, 9, 8, 0, 6, 7, 9), (0, 0), ()])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("dtype", CLOSE)
 def test_threads_over_experts_against_one_after_the_other(counts, threads, dtype):
     """Every split of experts over threads, hot experts among them: the same products as the plain loop's."""
-    torch.manual_seed(0)
-    span = Span(torch.randn(8, 24, 16).to(dtype), torch.randn(8, 16, 12).to(dtype), None, None, list(counts))
-    x, grad = torch.randn(2, sum(counts), 16).to(dtype)
-    tolerance = 3e-7 if dtype == torch.float32 else 6e-3
-    results = []
+    span, x, grad = draw_span(counts, dtype, bias=False)
+    assert experts_native.serves(x, span, swiglu)
     before = torch.get_num_threads()
-    for backend in (experts_loop, experts_native):
-        assert backend is experts_loop or experts_native.serves(x, span, swiglu)
-        torch.set_num_threads(threads)
-        try:
-            y, z, dx = torch.empty_like(x), x.new_empty(len(x), 24), torch.empty_like(x)
-            grads = [torch.full_like(span.w_in, 7), torch.full_like(span.w_out, 7), None, None]
-            again = [torch.full_like(span.w_in, 7), None, None, None]
-            backend.forward(x, span, swiglu, y, z)
-            backend.forward(x, span, swiglu, y, None)
-            backend.backward(grad, x, z, span, swiglu, dx, grads)
-            backend.backward(grad, x, None, span, swiglu, None, again)
-            results.append([y, z, dx, grads[0], grads[1], again[0]])
-        finally:
-            torch.set_num_threads(before)
-    for ours, plain in zip(*reversed(results), strict=True):
-        assert relative_error(ours, plain) <= tolerance
+    torch.set_num_threads(threads)
+    try:
+        results = [every_result(backend, span, x, grad, swiglu) for backend in (experts_native, experts_loop)]
+    finally:
+        torch.set_num_threads(before)
+    for ours, plain in zip(*results, strict=True):
+        assert relative_error(ours, plain) <= CLOSE[dtype]
+
+
+@pytest.mark.parametrize("activation", [swiglu, clamped])
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("dtype", CLOSE)
+def test_one_kernel_for_all_experts_against_one_after_the_other(counts, dtype, activation):
+    """The back end of CUDA on the CPU, where torch's grouped product runs too."""
+    span, x, grad = draw_span(counts, dtype, bias=True)
+    results = [every_result(backend, span, x, grad, activation) for backend in (experts_grouped, experts_loop)]
+    for grouped, plain in zip(*results, strict=True):
+        assert relative_error(grouped, plain) <= 2 * CLOSE[dtype]

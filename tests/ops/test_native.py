@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from moe_dist.ops import RowPlan, kernels, native
+from moe_dist.ops import RowPlan, kernels, native, reference
 from tests.ops.cases import draw_ids, relative_error
 
 needs_native = pytest.mark.skipif(not native.has_cpu(), reason=native.status())
@@ -49,6 +49,20 @@ def test_threads_change_no_bit(dtype):
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
+
+
+@needs_native
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_a_large_row_map_is_cut_into_chunks(threads):
+    before = torch.get_num_threads()
+    ids_TK = draw_ids(40_000, 4, 24, "dropped")  # up to four chunks
+    try:
+        torch.set_num_threads(threads)
+        got = kernels.row_map(ids_TK, 24)
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(got, reference.row_map(ids_TK, 24), strict=True):
+        assert torch.equal(a, b)
 
 
 @needs_native
