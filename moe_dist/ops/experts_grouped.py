@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional as F
 
-from moe_dist.ops.experts_loop import Activation, Span, activation_backward, wide_sum
+from moe_dist.ops.experts_loop import Activation, Span, activation_backward, prepare_backward, prepare_forward, wide_sum
 from moe_dist.ops.swiglu import swiglu, swiglu_backward, swiglu_forward
 
 
 def forward(
-    x_RH: torch.Tensor, span: Span, activation: Activation, out: torch.Tensor, out_z: torch.Tensor | None
-) -> None:
-    """y into `out` `[R,H]` and, where wanted, z into `out_z` `[R,F]`."""
+    x_RH: torch.Tensor, span: Span, activation: Activation, *, keep_z: bool, out: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As `experts_loop.forward`."""
     if not len(x_RH):
-        return
+        return prepare_forward(x_RH, span, keep_z=keep_z, out=out)
     z_RF = _linear(x_RH, span.w_in, span.b_in, span.counts)
-    if out_z is not None:
-        out_z.copy_(z_RF)
     if activation is swiglu:
         a_RI = swiglu_forward(z_RF, out=x_RH.new_empty(len(x_RH), span.w_out.shape[2]))
     else:
         a_RI = activation(z_RF)
-    out.copy_(_linear(a_RI, span.w_out, span.b_out, span.counts))
+    y_RH = _linear(a_RI, span.w_out, span.b_out, span.counts)
+    return y_RH if out is None else out.copy_(y_RH), z_RF if keep_z else None
 
 
 def backward(
@@ -31,15 +32,13 @@ def backward(
     z_RF: torch.Tensor | None,
     span: Span,
     activation: Activation,
-    grad_x_RH: torch.Tensor | None,
-    grads: list[torch.Tensor | None],
-) -> None:
-    """The gradients of the rows and of w_in, w_out, b_in, b_out into the tensors given, each None where not needed."""
+    needs: Sequence[bool],
+    *,
+    out: torch.Tensor | None,
+) -> list[torch.Tensor | None]:
+    """As `experts_loop.backward`."""
     if not len(grad_RH):
-        for grad_S in grads:
-            if grad_S is not None:
-                grad_S.zero_()
-        return
+        return prepare_backward(grad_RH, span, needs, out)
     if z_RF is None:
         z_RF = _linear(x_RH, span.w_in, span.b_in, span.counts)
     grad_a_RI = _linear(grad_RH, span.w_out.transpose(1, 2), None, span.counts)
@@ -47,19 +46,31 @@ def backward(
         a_RI, grad_z_RF = swiglu_backward(grad_a_RI, z_RF, out=grad_a_RI, out_grad=torch.empty_like(z_RF))
     else:
         a_RI, grad_z_RF = activation_backward(activation, grad_a_RI, z_RF)
-    if grad_x_RH is not None:
-        grad_x_RH.copy_(_linear(grad_z_RF, span.w_in.transpose(1, 2), None, span.counts))
-    grad_w_in, grad_w_out, grad_b_in, grad_b_out = grads
-    for grad_S, left, right in ((grad_w_in, grad_z_RF, x_RH), (grad_w_out, grad_RH, a_RI)):
-        if grad_S is not None:
-            held = len(span.counts)
-            grad_S[:held].copy_(F.grouped_mm(left.t(), right, offs=_offsets(span.counts, left.device)))
-            grad_S[held:].zero_()
-    for grad_S, grad_RB in ((grad_b_in, grad_z_RF), (grad_b_out, grad_RH)):
-        if grad_S is not None:
-            grad_S.zero_()
-            for seat, rows in span.seats():
-                grad_S[seat] = wide_sum(grad_RB[rows])
+    grad_x_RH = None
+    if needs[0]:
+        grad_x_RH = _linear(grad_z_RF, span.w_in.transpose(1, 2), None, span.counts)
+        grad_x_RH = grad_x_RH if out is None else out.copy_(grad_x_RH)
+    return [
+        grad_x_RH,
+        _weight_grad(grad_z_RF, x_RH, span.w_in, span.counts) if needs[1] else None,
+        _weight_grad(grad_RH, a_RI, span.w_out, span.counts) if needs[2] else None,
+        _bias_grad(grad_z_RF, span.b_in, span) if needs[3] else None,
+        _bias_grad(grad_RH, span.b_out, span) if needs[4] else None,
+    ]
+
+
+def _weight_grad(grad_RB: torch.Tensor, x_RA: torch.Tensor, w_SBA: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """grad[s]ᵀ · x[s] for each seat: the kernel gives zeros where a seat has no rows, and pad seats get them here."""
+    held = F.grouped_mm(grad_RB.t(), x_RA, offs=_offsets(counts, x_RA.device))
+    pads = len(w_SBA) - len(counts)
+    return F.pad(held, (0, 0, 0, 0, 0, pads)) if pads else held
+
+
+def _bias_grad(grad_RB: torch.Tensor, b_SB: torch.Tensor, span: Span) -> torch.Tensor:
+    grad_SB = torch.zeros_like(b_SB)
+    for seat, rows in span.seats():
+        grad_SB[seat] = wide_sum(grad_RB[rows])
+    return grad_SB
 
 
 def _linear(x_RA: torch.Tensor, w_SBA: torch.Tensor, b_SB: torch.Tensor | None, counts: list[int]) -> torch.Tensor:

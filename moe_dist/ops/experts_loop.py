@@ -7,11 +7,12 @@ buffer of one expert's rows, which stays in the cache and is allocated once a ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from moe_dist.ops.memory import empty
 from moe_dist.ops.swiglu import swiglu, swiglu_backward, swiglu_forward
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -43,9 +44,10 @@ class Span:
 
 
 def forward(
-    x_RH: torch.Tensor, span: Span, activation: Activation, out: torch.Tensor, out_z: torch.Tensor | None
-) -> None:
-    """y into `out` `[R,H]` and, where wanted, z into `out_z` `[R,F]`."""
+    x_RH: torch.Tensor, span: Span, activation: Activation, *, keep_z: bool, out: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(y `[R,H]`, in `out` if given; z `[R,F]` if it is to be kept)."""
+    out, out_z = prepare_forward(x_RH, span, keep_z=keep_z, out=out)
     w_in_S, w_out_S = span.w_in.unbind(), span.w_out.unbind()
     most = max(span.counts, default=0)
     z_scratch = x_RH.new_empty(most, span.w_in.shape[1]) if out_z is None else None
@@ -56,6 +58,7 @@ def forward(
         linear(x_RH[rows], w_in_S[seat], span.b_in, seat, z_RF)
         a_RI = swiglu_forward(z_RF, out=a_scratch[:count]) if activation is swiglu else activation(z_RF)
         linear(a_RI, w_out_S[seat], span.b_out, seat, out[rows])
+    return out, out_z
 
 
 def backward(
@@ -64,13 +67,15 @@ def backward(
     z_RF: torch.Tensor | None,
     span: Span,
     activation: Activation,
-    grad_x_RH: torch.Tensor | None,
-    grads: list[torch.Tensor | None],
-) -> None:
-    """The gradients of the rows and of w_in, w_out, b_in, b_out into the tensors given, each None where not needed.
+    needs: Sequence[bool],
+    *,
+    out: torch.Tensor | None,
+) -> list[torch.Tensor | None]:
+    """The gradients of the rows (in `out` if given), w_in, w_out, b_in, b_out; None where `needs` says no.
 
     x_RH may be None where neither w_in's gradient nor z (itself None: recomputed) asks for it.
     """
+    grad_x_RH, *grads = prepare_backward(grad_RH, span, needs, out)
     w_in_S, w_out_S = span.w_in.unbind(), span.w_out.unbind()
     most, inner, width = max(span.counts, default=0), span.w_in.shape[1], span.w_out.shape[2]
     z_scratch = grad_RH.new_empty(most, inner) if z_RF is None else None
@@ -96,15 +101,32 @@ def backward(
             grad_b_in.copy_(wide_sum(grad_z))
         if grad_b_out is not None:
             grad_b_out.copy_(wide_sum(grad))
-    zero_idle(span, grads)
+    return [grad_x_RH, *grads]
 
 
-def zero_idle(span: Span, grads: list[torch.Tensor | None]) -> None:
-    """Zeros into the gradients of the seats that have no rows."""
+def prepare_forward(
+    x_RH: torch.Tensor, span: Span, *, keep_z: bool, out: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Memory for y, unless it is there, and for z if it is to be kept."""
+    out = empty(x_RH, len(x_RH), span.w_out.shape[1]) if out is None else out
+    return out, empty(x_RH, len(x_RH), span.w_in.shape[1]) if keep_z else None
+
+
+def prepare_backward(
+    grad_RH: torch.Tensor, span: Span, needs: Sequence[bool], out: torch.Tensor | None
+) -> list[torch.Tensor | None]:
+    """Memory for the gradients that are needed, with zeros for the seats that have no rows."""
+    if needs[0] and out is None:
+        out = empty(grad_RH, len(grad_RH), span.w_in.shape[2])
+    grads = [
+        empty(tensor, *tensor.shape) if needed else None
+        for tensor, needed in zip(span.tensors(), needs[1:], strict=True)
+    ]
     idle = [seat for seat in range(len(span.w_in)) if seat >= len(span.counts) or not span.counts[seat]]
     for grad_S in grads:
         for seat in idle if grad_S is not None else ():
             grad_S[seat].zero_()
+    return [out, *grads]
 
 
 def linear(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from moe_dist.ops import native
-from moe_dist.ops.experts_loop import Activation, Span, zero_idle
+from moe_dist.ops.experts_loop import Activation, Span, prepare_backward, prepare_forward
 from moe_dist.ops.swiglu import swiglu
 
 
@@ -24,11 +26,13 @@ def serves(rows: torch.Tensor, span: Span, activation: Activation) -> bool:
 
 
 def forward(
-    x_RH: torch.Tensor, span: Span, activation: Activation, out: torch.Tensor, out_z: torch.Tensor | None
-) -> None:
-    """y into `out` `[R,H]` and, where wanted, z into `out_z` `[R,F]`."""
+    x_RH: torch.Tensor, span: Span, activation: Activation, *, keep_z: bool, out: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As `experts_loop.forward`."""
+    out, z_RF = prepare_forward(x_RH, span, keep_z=keep_z, out=out)
     counts_S = torch.tensor(span.counts, dtype=torch.int64)
-    torch.ops.moe_dist.experts_forward(x_RH, span.w_in, span.w_out, counts_S, out, out_z)
+    torch.ops.moe_dist.experts_forward(x_RH, span.w_in, span.w_out, counts_S, out, z_RF)
+    return out, z_RF
 
 
 def backward(
@@ -37,12 +41,12 @@ def backward(
     z_RF: torch.Tensor | None,
     span: Span,
     activation: Activation,
-    grad_x_RH: torch.Tensor | None,
-    grads: list[torch.Tensor | None],
-) -> None:
+    needs: Sequence[bool],
+    *,
+    out: torch.Tensor | None,
+) -> list[torch.Tensor | None]:
     """As `experts_loop.backward`."""
+    done = prepare_backward(grad_RH, span, needs, out)
     counts_S = torch.tensor(span.counts, dtype=torch.int64)
-    torch.ops.moe_dist.experts_backward(
-        grad_RH, x_RH, z_RF, span.w_in, span.w_out, counts_S, grad_x_RH, grads[0], grads[1]
-    )
-    zero_idle(span, grads)
+    torch.ops.moe_dist.experts_backward(grad_RH, x_RH, z_RF, span.w_in, span.w_out, counts_S, *done[:3])
+    return done

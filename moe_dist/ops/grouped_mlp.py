@@ -47,7 +47,9 @@ def _backend(x_RH: torch.Tensor, span: Span, activation: Activation):
 class _GroupedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_RH, counts, activation, recompute, *tensors):
-        y_RH = empty(x_RH, len(x_RH), tensors[1].shape[1])
+        x_RH = x_RH.contiguous()
+        # One span's result is the result; those of several are written side by side.
+        y_RH = empty(x_RH, len(x_RH), tensors[1].shape[1]) if len(counts) > 1 else None
         saved, start = [], 0
         for i, span_counts in enumerate(counts):
             span = Span(*tensors[4 * i : 4 * i + 4], span_counts)
@@ -55,12 +57,14 @@ class _GroupedMLP(torch.autograd.Function):
             start = rows.stop
             trains = any(ctx.needs_input_grad[4 + 4 * i : 8 + 4 * i])
             backward = trains or ctx.needs_input_grad[0]
-            z_RF = empty(x_RH, rows.stop - rows.start, span.w_in.shape[1]) if backward and not recompute else None
-            _backend(x_RH, span, activation).forward(x_RH[rows], span, activation, y_RH[rows], z_RF)
+            out = None if y_RH is None else y_RH[rows]
+            done_RH, z_RF = _backend(x_RH, span, activation).forward(
+                x_RH[rows], span, activation, keep_z=backward and not recompute, out=out
+            )
             saved += [x_RH[rows] if trains or (backward and recompute) else None, z_RF]
         ctx.save_for_backward(*saved, *tensors)
         ctx.counts, ctx.activation = counts, activation
-        return y_RH
+        return done_RH if y_RH is None else y_RH
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -70,22 +74,22 @@ class _GroupedMLP(torch.autograd.Function):
         kept = ctx.saved_tensors  # read once: a second reading fails under checkpointing of the caller
         saved, tensors = kept[: 2 * count], kept[2 * count :]
         needs_rows = ctx.needs_input_grad[0]
-        grad_x_RH = empty(grad_y_RH, len(grad_y_RH), tensors[0].shape[2]) if needs_rows else None
+        several = needs_rows and count > 1
+        grad_x_RH = empty(grad_y_RH, len(grad_y_RH), tensors[0].shape[2]) if several else None
         grads, start = [], 0
         for i, span_counts in enumerate(ctx.counts):
             span = Span(*tensors[4 * i : 4 * i + 4], span_counts)
-            needs = ctx.needs_input_grad[4 + 4 * i : 8 + 4 * i]
+            needs = (needs_rows, *ctx.needs_input_grad[4 + 4 * i : 8 + 4 * i])
             rows = slice(start, start + sum(span_counts))
             start = rows.stop
-            span_grads = [
-                empty(tensor, *tensor.shape) if needed else None
-                for tensor, needed in zip(span.tensors(), needs, strict=True)
-            ]
-            if needs_rows or any(needs):
-                x_RH, z_RF = saved[2 * i : 2 * i + 2]
-                grad_x = grad_x_RH[rows] if needs_rows else None
-                _backend(grad_y_RH, span, ctx.activation).backward(
-                    grad_y_RH[rows], x_RH, z_RF, span, ctx.activation, grad_x, span_grads
-                )
+            if not any(needs):
+                grads += [None] * 4
+                continue
+            x_RH, z_RF = saved[2 * i : 2 * i + 2]
+            done_RH, *span_grads = _backend(grad_y_RH, span, ctx.activation).backward(
+                grad_y_RH[rows], x_RH, z_RF, span, ctx.activation, needs, out=grad_x_RH[rows] if several else None
+            )
+            if not several:
+                grad_x_RH = done_RH
             grads += span_grads
         return grad_x_RH, None, None, None, *grads

@@ -231,11 +231,11 @@ def every_result(backend, span, x, grad, activation):
     return [y, z, again, part[1], *(tensor for tensor in whole if tensor is not None)]
 
 
-def draw_span(counts, dtype, *, bias):
+def draw_span(counts, dtype, *, width, bias):
     """A span of 8 seats, of which `counts` have experts, and rows with their gradient."""
     torch.manual_seed(0)
-    tensors = [torch.randn(8, 24, 16), torch.randn(8, 16, 12)]
-    tensors += [torch.randn(8, 24), torch.randn(8, 16)] if bias else []
+    tensors = [torch.randn(8, 2 * width, 16), torch.randn(8, 16, width)]
+    tensors += [torch.randn(8, 2 * width), torch.randn(8, 16)] if bias else []
     span = Span(*[tensor.to(dtype) for tensor in tensors] + [None] * (4 - len(tensors)), list(counts))
     return span, *torch.randn(2, sum(counts), 16).to(dtype)
 
@@ -250,7 +250,7 @@ CLOSE = {torch.float32: 3e-7, torch.bfloat16: 6e-3}
 @pytest.mark.parametrize("dtype", CLOSE)
 def test_threads_over_experts_against_one_after_the_other(counts, threads, dtype):
     """Every split of experts over threads, hot experts among them: the same products as the plain loop's."""
-    span, x, grad = draw_span(counts, dtype, bias=False)
+    span, x, grad = draw_span(counts, dtype, width=11, bias=False)
     assert experts_native.serves(x, span, swiglu)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -267,7 +267,7 @@ def test_threads_over_experts_against_one_after_the_other(counts, threads, dtype
 @pytest.mark.parametrize("dtype", CLOSE)
 def test_one_kernel_for_all_experts_against_one_after_the_other(counts, dtype, activation):
     """The back end of CUDA on the CPU, where torch's grouped product runs too."""
-    span, x, grad = draw_span(counts, dtype, bias=True)
+    span, x, grad = draw_span(counts, dtype, width=8, bias=True)
     results = [every_result(backend, span, x, grad, activation) for backend in (experts_grouped, experts_loop)]
     for grouped, plain in zip(*results, strict=True):
         assert relative_error(grouped, plain) <= 2 * CLOSE[dtype]
