@@ -39,7 +39,7 @@ def free_port() -> int:
 def _serve(rank: int, world: int, port: int, pipe, log_path: str) -> None:
     log = open(log_path, "w")  # noqa: SIM115 - lives as long as the process
     faulthandler.enable(log)
-    faulthandler.register(signal.SIGUSR1, file=log)
+    faulthandler.register(signal.SIGUSR2, file=log)  # a training run takes SIGUSR1 for itself
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -146,7 +146,7 @@ class RankPool:
             _, rank, trace = min(failures)
             return f"{what}: rank {rank} of {self.world} failed first:\n{trace}"
         for rank in silent:
-            os.kill(self.processes[rank].pid, signal.SIGUSR1)
+            os.kill(self.processes[rank].pid, signal.SIGUSR2)
         time.sleep(0.5)
         stacks = []
         for rank in silent:
