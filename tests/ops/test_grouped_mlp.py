@@ -60,6 +60,7 @@ CASES = {
     "lowest layer": Case(train=(2, 4), frozen=(3, 1), rows_need_grad=False),
     "own activation": Case(activation=clamped, bias=True),
     "own activation, recompute": Case(activation=clamped, train=(4,), frozen=(3, 2), recompute=True),
+    "smooth activation": Case(activation=interleaved),
     "no gate": Case(activation=squared),
 }
 
@@ -186,7 +187,7 @@ def test_recompute_changes_no_bit():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("name", ["both spans", "bias", "own activation"])
+@pytest.mark.parametrize("name", ["both spans", "bias", "smooth activation"])
 def test_bf16_per_expert_against_float64(name):
     """Weights and rows are the same bf16 numbers on both sides, so what is left is the arithmetic's rounding."""
     case, hidden = CASES[name], 64
