@@ -40,12 +40,12 @@ def train(config: RunConfig, *, resume: str = "auto", overwrite: bool = False) -
     grid = build_grid(expert=parallel.expert, device=device)
     check_layout(config, grid.world)
 
-    # Whatever can be wrong with the input is found before anything is written.
+    # Whatever can be wrong with the input is found before anything is written, the cheap things first.
+    root = on_rank_zero(lambda: run_folder.check(config, resume=resume, overwrite=overwrite))
     plan = plan_model(config, grid)
     data = build_data(config.data, load_tokenizer(config, plan), seed=config.run.seed)
     if data.train is None:
         raise UserError("data.train is empty: give at least one training source")
-    root = on_rank_zero(lambda: run_folder.check(config, resume=resume, overwrite=overwrite))
     model = build_model(config, plan, grid)
     if config.data.packing:
         check_packing(model.config)
