@@ -118,13 +118,22 @@ def _place(rank: int, lists: list[list[int]]) -> int:
     return next(members.index(rank) for members in lists if rank in members)
 
 
+# Groups of the running world by their members: each has threads and connections of its own, so none is made twice.
+_made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+_made_in: list[dist.ProcessGroup] = []
+
+
 def _my_group(rank: int, lists: list[list[int]]) -> dist.ProcessGroup | None:
-    """Create every group of one axis (all ranks must take part in each creation) and return this rank's."""
+    """Every group of one axis, made where it is not there yet (all ranks take part in that); returns this rank's."""
+    if _made_in != [dist.group.WORLD]:
+        _made.clear()
+        _made_in[:] = [dist.group.WORLD]
     mine = None
-    for members in lists:
+    for members in map(tuple, lists):
         if len(members) == 1:
             continue
-        group = dist.new_group(members)
+        if members not in _made:
+            _made[members] = dist.new_group(list(members))
         if rank in members:
-            mine = group
+            mine = _made[members]
     return mine
