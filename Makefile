@@ -21,7 +21,7 @@ quickstart: .venv/.package
 	$(BIN)/moe-dist run configs/quickstart.yaml
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -v -rs
 
 lint: .venv/.package
 	$(BIN)/ruff check $(CODE)
