@@ -1,5 +1,6 @@
 """Checkpoints keyed by parameter name and global expert id: written by all ranks, read at any other number of them."""
 
+from moe_dist.checkpoint.best import best_step, mark_best
 from moe_dist.checkpoint.errors import CheckpointError, NoSpaceError
 from moe_dist.checkpoint.fingerprint import fingerprint
 from moe_dist.checkpoint.format import FrozenBase, TensorInfo
@@ -28,9 +29,11 @@ __all__ = [
     "Report",
     "TensorInfo",
     "TorchGroup",
+    "best_step",
     "find_latest",
     "fingerprint",
     "ls",
+    "mark_best",
     "open_checkpoint",
     "pin",
     "prune",

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from moe_dist.checkpoint.errors import CheckpointError
-from moe_dist.checkpoint.format import LATEST, read_manifest, stale_of, step_name, step_of
+from moe_dist.checkpoint.format import BEST, LATEST, read_manifest, stale_of, step_name, step_of
 
 
 def new_temporary(root: Path, step: int) -> Path:
@@ -43,13 +43,18 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 def point_latest(root: Path, name: str) -> None:
-    """Make `latest` say `name`; a reader sees the old name or the new one, never a half."""
-    temporary = root / f"{LATEST}.tmp-{secrets.token_hex(4)}"
+    """Make `latest` say `name`."""
+    point(root, LATEST, name)
+
+
+def point(root: Path, pointer: str, name: str) -> None:
+    """Make the file `pointer` say `name`; a reader sees the old name or the new one, never a half."""
+    temporary = root / f"{pointer}.tmp-{secrets.token_hex(4)}"
     with open(temporary, "x", encoding="utf-8") as file:
         file.write(name + "\n")
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, root / LATEST)
+    os.replace(temporary, root / pointer)
     sync_folder(root)
 
 
@@ -85,7 +90,7 @@ def clear_stale(root: Path) -> list[str]:
     notes = []
     for path in sorted(root.iterdir()) if root.is_dir() else []:
         stale = stale_of(path.name)
-        if path.name.startswith(f"{LATEST}.tmp-"):
+        if path.name.startswith((f"{LATEST}.tmp-", f"{BEST}.tmp-")):
             path.unlink()
         elif stale is not None and path.is_dir() and not path.is_symlink():
             name, state = stale

@@ -2,6 +2,7 @@
 
     checkpoints/
       latest                      the name of the newest folder, moved last
+      best                        that of the one with the lowest held-out loss, where a run keeps it
       step-40/
         rank-00000.safetensors    the fragments that rank 0 owned: flat 1-D tensors
         rank-00000.json           what each of them is a piece of
@@ -28,6 +29,7 @@ from moe_dist.checkpoint.fragments import NOT_EXPERT
 
 VERSION = 1
 LATEST = "latest"
+BEST = "best"
 MANIFEST = "manifest.json"
 TENSORS = "tensors.json"
 TRAINER_STATE = "trainer_state.json"

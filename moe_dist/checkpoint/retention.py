@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
 from pathlib import Path
 
+from moe_dist.checkpoint.best import read_best
 from moe_dist.checkpoint.errors import CheckpointError
 from moe_dist.checkpoint.folders import step_folders
-from moe_dist.checkpoint.format import check_sizes, stale_of
+from moe_dist.checkpoint.format import check_sizes, stale_of, step_name
 from moe_dist.checkpoint.group import SINGLE, Group, all_or_none
 from moe_dist.checkpoint.verify import verify
 
@@ -26,7 +28,7 @@ def is_pinned(path: Path) -> bool:
 
 
 def prune(root: str | Path, *, keep: int, group: Group = SINGLE) -> list[str]:
-    """Collective: remove complete checkpoints but the `keep` newest and the pinned ones; returns the names removed.
+    """Collective: remove complete checkpoints but the `keep` newest, the pinned and the best; returns the names removed.
 
     Before anything goes, one of the newest is read back in full (the files shared out over the ranks) and has to be
     whole; if none is, the search goes on into the older ones and the first whole one stays too. Folders that are not
@@ -35,8 +37,8 @@ def prune(root: str | Path, *, keep: int, group: Group = SINGLE) -> list[str]:
     assert keep >= 1, keep
     root = Path(root)
     what = f"old checkpoints in {root} were not removed"
-    newest_first, pinned = all_or_none(group, lambda: _complete(root) if group.rank == 0 else None, what=what)[0]
-    doomed = [name for name in newest_first[keep:] if name not in pinned]
+    newest_first, spared = all_or_none(group, lambda: _complete(root) if group.rank == 0 else None, what=what)[0]
+    doomed = [name for name in newest_first[keep:] if name not in spared]
     if not doomed:
         return []
     whole = next((name for name in newest_first if verify(root / name, group=group).ok), None)
@@ -48,7 +50,7 @@ def prune(root: str | Path, *, keep: int, group: Group = SINGLE) -> list[str]:
 
 
 def _complete(root: Path) -> tuple[list[str], set[str]]:
-    """(names of complete checkpoints, newest first; the pinned among them); none while a save is under way."""
+    """(names of complete checkpoints, newest first; those that stay whatever their age); none while one is saved."""
     if not root.is_dir() or any(stale_of(path.name) for path in root.iterdir()):
         return [], set()
     serials = {}
@@ -58,7 +60,11 @@ def _complete(root: Path) -> tuple[list[str], set[str]]:
         except CheckpointError:
             continue
     names = sorted(serials, key=lambda name: -serials[name])
-    return names, {name for name in names if is_pinned(root / name)}
+    spared = {name for name in names if is_pinned(root / name)}
+    with contextlib.suppress(CheckpointError):  # a name of nothing protects nothing
+        best = read_best(root)
+        spared |= set() if best is None else {step_name(best)}
+    return names, spared
 
 
 def _remove(root: Path, names: list[str]) -> None:

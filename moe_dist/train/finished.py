@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from torch import nn
 
 from moe_dist import checkpoint
+from moe_dist.checkpoint import SINGLE, Group
 from moe_dist.config.load import load
 from moe_dist.config.schema import RunConfig
 from moe_dist.data.attention import check_packing, model_inputs
@@ -22,8 +24,21 @@ from moe_dist.train.routing import Routing
 from moe_dist.train.start import start_ranks
 
 
+def chosen_checkpoint(source: str | Path, *, group: Group = SINGLE) -> Path:
+    """The checkpoint that stands for a run: the best by held-out loss where it keeps one, else the newest whole one.
+
+    source: a run folder, its checkpoints folder, or one checkpoint, which is then itself meant. Collective over
+    `group`; rank 0 says on stderr when it is the best that is taken. Raises UserError where there is none, or where the
+    best is named and missing.
+    """
+    found = _find(Path(source), group)
+    if found is None:
+        raise UserError(f"{source} holds no complete checkpoint; train with checkpoint.save_last=true first")
+    return found
+
+
 def export_run(source: str | Path, out: str | Path) -> tuple[Path, int]:
-    """Write the model of a run (its newest checkpoint) or of one checkpoint as a Hugging Face folder. One process.
+    """Write the model of a run (see `chosen_checkpoint`) or of one checkpoint as a Hugging Face folder. One process.
 
     Weights have the dtype in which the run's model is stored; the fp32 masters are rounded to it once. Returns the
     folder and the checkpoint's step. Raises UserError where there is no run or no complete checkpoint.
@@ -31,7 +46,7 @@ def export_run(source: str | Path, out: str | Path) -> tuple[Path, int]:
     source, grid = Path(source), Grid.single()
     folder = _run_of(source)
     config = load(folder / run_folder.CONFIG, paths=False)
-    with checkpoint.open_checkpoint(_checkpoint(source, grid), verify="full") as opened:
+    with checkpoint.open_checkpoint(chosen_checkpoint(source), verify="full") as opened:
         plan = plan_model(config, grid)
         model = build_model(config, plan, grid)
         if plan.folder is not None:
@@ -44,8 +59,9 @@ def export_run(source: str | Path, out: str | Path) -> tuple[Path, int]:
 def evaluate_run(config: RunConfig, *, weights: str | None = None) -> tuple[int | None, dict[str, dict[str, float]]]:
     """Held-out loss and perplexity by domain of `data.eval`. Collective: every rank of the launcher calls it.
 
-    weights: a run or checkpoint folder; None takes the newest checkpoint of `run.dir` if there is one, else the model
-    as configured. Returns the step of the weights (None: the configured model) and the figures of each domain.
+    weights: a run or checkpoint folder, as `chosen_checkpoint` takes it; None takes that of `run.dir` if there is
+    one, else the model as configured. Returns the step of the weights (None: the configured model) and the figures
+    of each domain.
     """
     device = start_ranks()
     grid = build_grid(expert=config.parallel.expert, device=device)
@@ -76,7 +92,7 @@ def evaluate_run(config: RunConfig, *, weights: str | None = None) -> tuple[int 
 
 
 def _lay_over(model: nn.Module, plan: ModelPlan, place: Path, grid: Grid, *, required: bool) -> int | None:
-    found = state.find(place, state.group_of(grid)) if place.is_dir() else None
+    found = _find(place, state.group_of(grid)) if place.is_dir() else None
     if found is None:
         if required:
             raise UserError(f"{place} holds no complete checkpoint")
@@ -96,8 +112,11 @@ def _run_of(source: Path) -> Path:
     raise UserError(f"{source} is neither a run folder nor a checkpoint in one: there is no {run_folder.CONFIG}")
 
 
-def _checkpoint(source: Path, grid: Grid) -> Path:
-    found = state.find(source, state.group_of(grid))
-    if found is None:
-        raise UserError(f"{source} holds no complete checkpoint; train with checkpoint.save_last=true first")
-    return found
+def _find(source: Path, group: Group) -> Path | None:
+    root = source / run_folder.CHECKPOINTS if (source / run_folder.CHECKPOINTS).is_dir() else source
+    best = checkpoint.best_step(root, group=group)
+    if best is None or (source / "manifest.json").exists():
+        return state.find(source, group)
+    if group.rank == 0:
+        print(f"{root}: taking step-{best}, the best by held-out loss", file=sys.stderr, flush=True)
+    return root / f"step-{best}"
