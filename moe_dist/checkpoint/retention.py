@@ -28,7 +28,7 @@ def is_pinned(path: Path) -> bool:
 
 
 def prune(root: str | Path, *, keep: int, group: Group = SINGLE) -> list[str]:
-    """Collective: remove complete checkpoints but the `keep` newest, the pinned and the best; returns the names removed.
+    """Collective: remove complete checkpoints but the `keep` newest, the pinned and the best; returns what was removed.
 
     Before anything goes, one of the newest is read back in full (the files shared out over the ranks) and has to be
     whole; if none is, the search goes on into the older ones and the first whole one stays too. Folders that are not
