@@ -13,7 +13,6 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,6 +22,7 @@ from moe_dist.models.families import expert_counts, our_name
 from moe_dist.models.shards import SHARD_BYTES, Entry, ShardSet
 from moe_dist.models.skeleton import build_skeleton
 from moe_dist.models.surgery import moe_layers
+from moe_dist.models.together import Together
 from moe_dist.parallel.grid import Grid
 
 FullTensor = Callable[[nn.Parameter], torch.Tensor]
@@ -70,7 +70,7 @@ def export_model(
     skeleton, plan = _plan(model)
     shards = ShardSet(partial, _entries(model, skeleton, plan), shard_bytes=shard_bytes)
 
-    together = _Together(grid)
+    together = Together(grid, "export")
     try:
         together.run(lambda: _prepare(folder, partial, shards), only=grid.rank == 0)
         for pieces in _pieces(model, skeleton, plan, grid, full_tensor or (lambda parameter: parameter)):
@@ -82,35 +82,6 @@ def export_model(
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return folder
-
-
-class _Together:
-    """Steps in which some rank may fail: all ranks take part in every exchange, and all raise the first failure."""
-
-    def __init__(self, grid: Grid):
-        self.grid = grid
-        self.error: Exception | None = None
-
-    def attempt(self, step: Callable[[], object]) -> None:
-        """Do a step unless one has failed here; a failure is told to the others at the next `run`."""
-        if self.error is None:
-            try:
-                step()
-            except (OSError, UserError) as error:
-                self.error = error
-
-    def run(self, step: Callable[[], object], *, only: bool = True) -> None:
-        """Do a step (on the ranks where `only`), wait for the others, and raise on all ranks if it failed on any."""
-        if only:
-            self.attempt(step)
-        message = None if self.error is None else f"export failed: {self.error}"
-        messages = [message]
-        if self.grid.world > 1:
-            messages = [None] * self.grid.world
-            dist.all_gather_object(messages, message)
-        failed = [message for message in messages if message is not None]
-        if failed:
-            raise UserError(failed[0])
 
 
 def _plan(model: PreTrainedModel) -> tuple[PreTrainedModel, WritePlan]:
