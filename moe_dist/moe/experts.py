@@ -71,12 +71,11 @@ class ExpertSpan(nn.Module):
             parameter.is_expert = True
             self.register_parameter(name, parameter)
 
-    def as_span(self, counts: list[int]) -> Span:
-        """The span as the grouped MLP takes it; `counts` are the rows of the seats that hold an expert."""
-        return Span(
-            self.gate_up_proj,
-            self.down_proj,
-            getattr(self, "gate_up_proj_bias", None),
-            getattr(self, "down_proj_bias", None),
-            counts,
-        )
+    def as_span(self, counts: list[int], dtype: torch.dtype) -> Span:
+        """The span as the grouped MLP takes it; `counts` are the rows of the seats that hold an expert.
+
+        dtype: of the computation. Parameters of another one (masters in fp32) are rounded to it, differentiably.
+        """
+        names = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+        tensors = [getattr(self, name, None) for name in names]
+        return Span(*(None if tensor is None else tensor.to(dtype) for tensor in tensors), counts)

@@ -76,6 +76,8 @@ class MoEExperts(nn.Module):
     def forward(self, hidden_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """hidden `[T,H]`, chosen experts `[T,K]`, their weights `[T,K]` -> `[T,H]`, dtype of hidden.
 
+        Experts compute in the dtype of the frozen ones, where there are any, else in that of hidden; parameters that
+        train may be fp32 beside frozen bf16 ones. Autocast changes nothing in here, as in transformers' own experts.
         Collective over the expert group: every rank calls it, also with T = 0. Whether the backward communicates is
         the same on all ranks: all hold the same spans, and the input requires grad on all or on none.
         """
@@ -90,12 +92,14 @@ class MoEExperts(nn.Module):
         self.statistics.add(plan.counts_E, dropped)
 
         rows_RH = dispatch(hidden_TH, plan, self.grid)
+        dtype = hidden_TH.dtype if self.frozen is None else self.frozen.down_proj.dtype
         spans, start = [], 0
         for span in self.spans():
-            spans.append(span.as_span(plan.seat_counts[start : start + span.held]))
+            spans.append(span.as_span(plan.seat_counts[start : start + span.held], dtype))
             start += span.held
-        rows_RH = grouped_mlp(rows_RH, spans, activation=self.spec.activation, recompute=self.recompute)
-        return combine(rows_RH, plan, self.grid, weights_TK, self.post_norm)
+        with torch.autocast(rows_RH.device.type, enabled=False):
+            rows_RH = grouped_mlp(rows_RH.to(dtype), spans, activation=self.spec.activation, recompute=self.recompute)
+        return combine(rows_RH.to(hidden_TH.dtype), plan, self.grid, weights_TK, self.post_norm)
 
 
 def drop_over_capacity(
