@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,13 @@ class LoadStatistics:
         if group is not None:
             dist.all_reduce(total, group=group)
         return total
+
+
+def rank_load_max(total: torch.Tensor, ranks: Sequence[Sequence[int]]) -> float:
+    """The busiest rank's tokens over the mean, where `ranks` says which experts each of them holds (1 is balance)."""
+    counts_E = total[:-1].tolist()
+    loads_P = [sum(counts_E[expert] for expert in held) for held in ranks]
+    return max(loads_P) * len(loads_P) / sum(loads_P) if any(loads_P) else 0.0
 
 
 def summarise(total: torch.Tensor) -> dict[str, float]:

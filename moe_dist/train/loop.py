@@ -16,6 +16,7 @@ from moe_dist.data.loader import build_data
 from moe_dist.errors import EXIT_OK, EXIT_PREEMPTED, PolicyStop, UserError
 from moe_dist.parallel.grid import Grid, build_grid
 from moe_dist.train import run_folder, state
+from moe_dist.train.best import Best
 from moe_dist.train.build import build_model, load_tokenizer, plan_model
 from moe_dist.train.engine import build_engine
 from moe_dist.train.evaluate import held_out
@@ -26,7 +27,9 @@ from moe_dist.train.routing import Routing
 from moe_dist.train.schedule import learning_rate
 from moe_dist.train.start import on_rank_zero, start_ranks
 from moe_dist.train.stop import StopFlag
-from moe_dist.train.table import render
+from moe_dist.train.table import record, render
+
+ROUTING_WINDOWS = 20  # lines that say what every expert got in a stretch of steps: so many a run, however long it is
 
 
 def train(config: RunConfig, *, resume: str = "auto", overwrite: bool = False) -> int:
@@ -64,7 +67,9 @@ def train(config: RunConfig, *, resume: str = "auto", overwrite: bool = False) -
     )
     routing = Routing(model, config.moe, grid)
 
+    best, best_before = Best(config, data.eval, state.group_of(grid)), None
     step, tokens = 0, 0
+    folder = Path(config.run.dir)
     found = None if root is None else state.find(root, state.group_of(grid))
     if found is None and resume not in ("auto", "never"):
         raise UserError(f"--resume {resume}: holds no complete checkpoint")
@@ -73,18 +78,21 @@ def train(config: RunConfig, *, resume: str = "auto", overwrite: bool = False) -
             state.restore(opened, engine, plan)
             step, tokens = opened.step, int(opened.trainer_state["tokens"])
             data.train.load_state_dict(opened.trainer_state["sampler"])
+            best_before = opened.trainer_state.get("best")
     last = min(settings.steps, settings.stop_at or settings.steps)
 
-    folder = Path(config.run.dir)
     on_rank_zero(lambda: run_folder.write(config, overwrite=overwrite, world=grid.world))
     if grid.rank == 0:
         run_folder.cut_metrics(folder / run_folder.METRICS, step, ended=step >= last)
+    best.restore(best_before, folder / run_folder.CHECKPOINTS)
     log = MetricLog(config, active=grid.rank == 0, start_step=step, file=folder / run_folder.METRICS)
-    log.say(render(plan.skeleton, plan.selection, grid, zero_stage=parallel.zero_stage, precision=settings.precision))
+    table = {"zero_stage": parallel.zero_stage, "precision": settings.precision}
+    log.say(render(plan.skeleton, plan.selection, grid, **table))
     for line in routing.announce():
         log.say(line)
     log.say(f"resuming {config.run.name} from {found}" if found else f"starting {config.run.name} in {folder}")
     log.write("data", step, **data.summary)
+    log.write("trainable", step, layers=record(plan.skeleton, plan.selection, grid, **table))
     for name, source in data.summary["train"].items():
         if not source.get("streaming"):
             log.say(
@@ -95,7 +103,7 @@ def train(config: RunConfig, *, resume: str = "auto", overwrite: bool = False) -
         routing.see(batch)
         return engine.forward(**model_inputs(batch, model.config, dtype=model.dtype)).logits
 
-    def evaluate() -> None:
+    def evaluate() -> dict[str, dict[str, float]]:
         results = {}
         for domain, rows in data.eval.items():
             batches = rows.batches(
@@ -105,6 +113,7 @@ def train(config: RunConfig, *, resume: str = "auto", overwrite: bool = False) -
             log.say(f"step {step}  held-out {domain}  loss {results[domain]['loss']:.4f}")
         if results:
             log.write("eval", step, domains=results)
+        return results
 
     def save() -> None:
         path = state.save(
@@ -116,11 +125,13 @@ def train(config: RunConfig, *, resume: str = "auto", overwrite: bool = False) -
             grid,
             sampler=data.train.state_dict(),
             tokens=tokens,
+            best=best,
         )
         log.say(f"saved {path}")
 
     proof = ChangeProof(engine, grid) if step < last else None
-    skips_in_a_row, saved_at, code = 0, step, EXIT_OK
+    skips_in_a_row, saved_at, evaluated_at, code = 0, step, None, EXIT_OK
+    routing_window = -(-settings.steps // ROUTING_WINDOWS)
     clock, timed_tokens = time.perf_counter(), 0
     with StopFlag() as stop:
         while step < last:
@@ -195,17 +206,26 @@ def train(config: RunConfig, *, resume: str = "auto", overwrite: bool = False) -
                     f"norm {result.grad_norm:.3f}  {rate:,.0f} tokens/s"
                 )
                 clock, timed_tokens = time.perf_counter(), 0
-            if settings.eval_every and step % settings.eval_every == 0 and step < last:
-                evaluate()
-            if config.checkpoint.every and step % config.checkpoint.every == 0:
+            if step % routing_window == 0:
+                log.write("experts", step, **routing.window())
+            due = bool(config.checkpoint.every) and step % config.checkpoint.every == 0
+            # At the end the model is saved before it is evaluated, unless that decides which one is kept.
+            if best.counts(step) or (settings.eval_every and step % settings.eval_every == 0 and step < last):
+                results, evaluated_at = evaluate(), step
+                if best.counts(step) and best.judge(step, results):
+                    log.say(f"step {step}  the lowest held-out loss so far: {best.loss:.4f}")
+                    due = True
+            if due:
                 save()
                 saved_at = step
+        if routing.window_steps:
+            log.write("experts", step, **routing.window())
         if step != saved_at and (code == EXIT_PREEMPTED or config.checkpoint.save_last):
             save()
-    if code == EXIT_OK:
-        evaluate()
-    else:
+    if code == EXIT_PREEMPTED:
         log.say(f"stopped on request at step {step}; the same command goes on from here")
+    elif evaluated_at != step:
+        evaluate()
     log.close()
     engine.close()
     return code

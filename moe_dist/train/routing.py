@@ -12,7 +12,7 @@ from moe_dist.models.routers import router_sites
 from moe_dist.models.surgery import moe_layers
 from moe_dist.moe.expert_bias import ExpertBias
 from moe_dist.moe.router_tap import RouterTap, double_balance_warning
-from moe_dist.moe.statistics import summarise
+from moe_dist.moe.statistics import LoadStatistics, rank_load_max, summarise
 from moe_dist.parallel.grid import Grid
 from moe_dist.train.trainable import layer_index
 
@@ -27,6 +27,8 @@ class Routing:
         sites = router_sites(model) if loss_on or settings.z_loss_coef or settings.expert_bias_rate else []
         self.tap = RouterTap(sites) if loss_on or settings.z_loss_coef else None
         self.bias = ExpertBias(sites, rate=settings.expert_bias_rate, grid=grid) if settings.expert_bias_rate else None
+        self._window = {name: LoadStatistics(layer.spec.num_experts) for name, layer in self.layers}
+        self.window_steps = 0
         self._warning = double_balance_warning(sites, settings.balance_loss, settings.balance_coef)
 
     def announce(self) -> list[str]:
@@ -75,6 +77,10 @@ class Routing:
         ).share
 
     def end_step(self, *, skipped: bool) -> None:
+        for name, layer in self.layers:
+            if layer.statistics.counts_E is not None:
+                self._window[name].add(layer.statistics.counts_E, layer.statistics.dropped)
+        self.window_steps += 1
         if self.bias:
             if skipped:
                 self.bias.discard()
@@ -83,14 +89,33 @@ class Routing:
 
     def figures(self) -> dict:
         """Load figures of the last step over all data ranks: the worst over layers, and each layer's. Collective."""
-        layers = {
-            str(layer_index(name)): summarise(layer.statistics.total(self.grid.data_group, self.grid.device))
-            for name, layer in self.layers
+        totals = {
+            name: layer.statistics.total(self.grid.data_group, self.grid.device).cpu() for name, layer in self.layers
         }
+        layers = {str(layer_index(name)): summarise(total) for name, total in totals.items()}
         return {
             "load_max": max(layer["load_max"] for layer in layers.values()),
+            "rank_load_max": max(rank_load_max(totals[name], layer.placement.ranks) for name, layer in self.layers),
             "load_entropy": min(layer["load_entropy"] for layer in layers.values()),
             "dead_experts": sum(layer["dead"] for layer in layers.values()),
             "dropped": max(layer["dropped"] for layer in layers.values()),
             "layers": layers,
+        }
+
+    def window(self) -> dict:
+        """What each expert got since the last call, over all data ranks, and of how many steps. Collective.
+
+        counts: {layer index: [slots of each expert]}; dropped: {layer index: slots that capacity left out}.
+        """
+        totals = {
+            str(layer_index(name)): self._window[name].total(self.grid.data_group, self.grid.device).tolist()
+            for name, _ in self.layers
+        }
+        steps, self.window_steps = self.window_steps, 0
+        for statistics in self._window.values():
+            statistics.reset()
+        return {
+            "steps": steps,
+            "counts": {layer: total[:-1] for layer, total in totals.items()},
+            "dropped": {layer: total[-1] for layer, total in totals.items()},
         }

@@ -75,6 +75,22 @@ def render(model: nn.Module, selection: Selection, grid: Grid, *, zero_stage: in
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
+def record(model: nn.Module, selection: Selection, grid: Grid, *, zero_stage: int, precision: str) -> dict[str, dict]:
+    """The table as plain values, for metrics.jsonl: {layer: elements of this rank, experts that train, bytes}."""
+    return {
+        label: {
+            "dense_trained": row.dense_trained,
+            "dense": row.dense,
+            "expert_trained": row.expert_trained,
+            "expert": row.expert,
+            "experts_trained": sum(map(len, row.ids.values())),
+            "experts": row.num_experts,
+            "optimizer_bytes": optimizer_bytes(row, grid, zero_stage=zero_stage, precision=precision),
+        }
+        for label, row in rows(model, selection).items()
+    }
+
+
 def _line(label: str, row: Row, ids: str, size: int) -> tuple[str, ...]:
     trained, held = row.dense_trained + row.expert_trained, row.dense + row.expert
     return (
