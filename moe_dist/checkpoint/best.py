@@ -51,6 +51,15 @@ def read_best(root: Path) -> int | None:
     return step
 
 
+def best_name(root: Path) -> str | None:
+    """The folder that `best` names, for one process that lists or clears up: a name of nothing counts as none."""
+    try:
+        step = read_best(root)
+    except CheckpointError:
+        return None
+    return None if step is None else step_name(step)
+
+
 def _mark(root: Path, step: int | None) -> None:
     if step is None:
         (root / BEST).unlink(missing_ok=True)

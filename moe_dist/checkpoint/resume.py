@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_dist.checkpoint.best import best_name
 from moe_dist.checkpoint.errors import CheckpointError
 from moe_dist.checkpoint.folders import clear_stale, read_latest, step_folders
 from moe_dist.checkpoint.format import check_sizes, read_manifest, stale_of, step_of
@@ -29,6 +30,7 @@ class Entry:
     step: int
     bytes: int
     latest: bool
+    best: bool
     pinned: bool
     problem: str | None
 
@@ -84,7 +86,7 @@ def ls(root: str | Path) -> list[Entry]:
     if not root.is_dir():
         raise CheckpointError(f"{root}: no such folder of checkpoints")
     named, _ = read_latest(root)
-    entries = []
+    best, entries = best_name(root), []
     for path in step_folders(root):
         size, problem = 0, None
         try:
@@ -92,10 +94,11 @@ def ls(root: str | Path) -> list[Entry]:
             check_sizes(path)
         except CheckpointError as error:
             problem = str(error)
-        entries.append(Entry(path.name, step_of(path.name) or 0, size, path.name == named, is_pinned(path), problem))
+        marks = path.name == named, path.name == best, is_pinned(path)
+        entries.append(Entry(path.name, step_of(path.name) or 0, size, *marks, problem))
     for path in sorted(root.iterdir()):
         stale = stale_of(path.name)
         if stale is not None:
             step = step_of(stale[0]) or 0
-            entries.append(Entry(path.name, step, 0, False, False, "left by a save that was cut off"))
+            entries.append(Entry(path.name, step, 0, False, False, False, "left by a save that was cut off"))
     return entries

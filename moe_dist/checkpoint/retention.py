@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import shutil
 from pathlib import Path
 
-from moe_dist.checkpoint.best import read_best
+from moe_dist.checkpoint.best import best_name
 from moe_dist.checkpoint.errors import CheckpointError
 from moe_dist.checkpoint.folders import step_folders
-from moe_dist.checkpoint.format import check_sizes, stale_of, step_name
+from moe_dist.checkpoint.format import check_sizes, stale_of
 from moe_dist.checkpoint.group import SINGLE, Group, all_or_none
 from moe_dist.checkpoint.verify import verify
 
@@ -60,11 +59,8 @@ def _complete(root: Path) -> tuple[list[str], set[str]]:
         except CheckpointError:
             continue
     names = sorted(serials, key=lambda name: -serials[name])
-    spared = {name for name in names if is_pinned(root / name)}
-    with contextlib.suppress(CheckpointError):  # a name of nothing protects nothing
-        best = read_best(root)
-        spared |= set() if best is None else {step_name(best)}
-    return names, spared
+    best = best_name(root)
+    return names, {name for name in names if name == best or is_pinned(root / name)}
 
 
 def _remove(root: Path, names: list[str]) -> None:

@@ -43,7 +43,7 @@ def _list(root: Path) -> int:
 
     entries = ls(root)
     for entry in entries:
-        marks = [mark for mark, there in (("latest", entry.latest), ("pinned", entry.pinned)) if there]
+        marks = [mark for mark in ("latest", "best", "pinned") if getattr(entry, mark)]
         marks += [entry.problem] if entry.problem else []
         print(f"{entry.name:<16} {entry.bytes:>15,} bytes  {', '.join(marks)}".rstrip())
     if not entries:

@@ -171,6 +171,11 @@ def _train(config: RunConfig) -> None:
                 f"train.decay_steps={train.decay_steps}: with train.warmup_steps={train.warmup_steps} it is more "
                 f"than train.steps={train.steps}"
             )
+    if config.checkpoint.keep_best and not (train.eval_every and (config.data.eval or config.data.eval_fraction)):
+        raise UserError(
+            "checkpoint.keep_best=true: needs held-out text and how often to look at it; set train.eval_every, and "
+            "data.eval or data.eval_fraction"
+        )
     if train.stop_at is not None and train.stop_at > train.steps:
         raise UserError(f"train.stop_at={train.stop_at}: is more than train.steps={train.steps}")
 

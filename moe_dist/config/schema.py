@@ -189,6 +189,11 @@ class CheckpointSection:
     every: int = key(0, "Steps between checkpoints; 0 = none but the last.", low=0, free=True)
     keep: int = key(2, "Newest checkpoints that are kept.", low=1, free=True)
     save_last: bool = key(True, "Save after the last step.", free=True)
+    keep_best: bool = key(
+        False,
+        "Save and keep the model with the lowest held-out loss (mean over the domains); needs train.eval_every.",
+        free=True,
+    )
 
 
 @dataclass

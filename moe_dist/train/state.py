@@ -16,6 +16,7 @@ from moe_dist.config.schema import RunConfig
 from moe_dist.errors import UserError
 from moe_dist.models.surgery import moe_layers
 from moe_dist.parallel.grid import Grid
+from moe_dist.train.best import Best
 from moe_dist.train.build import ModelPlan
 from moe_dist.train.engine import Engine
 from moe_dist.train.pieces import KINDS
@@ -71,9 +72,21 @@ def stored_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def save(
-    config: RunConfig, root: Path, step: int, engine: Engine, plan: ModelPlan, grid: Grid, *, sampler: dict, tokens: int
+    config: RunConfig,
+    root: Path,
+    step: int,
+    engine: Engine,
+    plan: ModelPlan,
+    grid: Grid,
+    *,
+    sampler: dict,
+    tokens: int,
+    best: Best | None = None,
 ) -> Path:
-    """Write `root/step-<step>`, each rank what it owns, and drop older ones beyond `checkpoint.keep`. Collective."""
+    """Write `root/step-<step>`, each rank what it owns, and drop older ones beyond `checkpoint.keep`. Collective.
+
+    `best` is moved once the new checkpoint is complete and before the old ones go: what it says is always there.
+    """
     fragments: dict[str, Sequence[Fragment]] = {kind: list(engine.fragments(kind)) for kind in KINDS}
     # Every rank holds the same buffers; rank 0 writes them.
     buffers = stored_buffers(engine.module) if grid.rank == 0 else ()
@@ -83,12 +96,15 @@ def save(
         "adam_step": engine.adam_step,
         "sampler": sampler,
         "tokens": tokens,
+        "best": None if best is None else best.state(),
         "config": to_dict(config),
     }
     group = group_of(grid)
     path = checkpoint.save(
         root, step, fragments, state, catalogue=catalogue(plan), frozen=_base(engine, plan, grid), group=group
     )
+    if best is not None and best.keeps:
+        checkpoint.mark_best(root, best.step, group=group)
     checkpoint.prune(root, keep=config.checkpoint.keep, group=group)
     return path
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_dist.checkpoint import CheckpointError, best_step, find_latest, mark_best, prune
+from moe_dist.checkpoint import CheckpointError, best_step, find_latest, ls, mark_best, prune
 from moe_dist.checkpoint.folders import clear_stale
 from tests.checkpoint.worlds import World, on_threads, saved, truth
 
@@ -29,6 +29,7 @@ def test_all_ranks_read_what_one_wrote(root):
     assert (root / "best").read_text() == "step-2\n"
     mark_best(root, 3)
     assert best_step(root) == 3
+    assert [entry.step for entry in ls(root) if entry.best] == [3]
     mark_best(root, None)
     assert best_step(root) is None
 
