@@ -44,7 +44,7 @@ def export_run(source: str | Path, out: str | Path) -> tuple[Path, int]:
     folder and the checkpoint's step. Raises UserError where there is no run or no complete checkpoint.
     """
     source, grid = Path(source), Grid.single()
-    folder = _run_of(source)
+    folder = run_of(source)
     config = load(folder / run_folder.CONFIG, paths=False)
     with checkpoint.open_checkpoint(chosen_checkpoint(source), verify="full") as opened:
         plan = plan_model(config, grid)
@@ -104,7 +104,7 @@ def _lay_over(model: nn.Module, plan: ModelPlan, place: Path, grid: Grid, *, req
         return opened.step
 
 
-def _run_of(source: Path) -> Path:
+def run_of(source: Path) -> Path:
     """The run folder that a path lies in: itself, its checkpoints folder, or a checkpoint of it."""
     for folder in (source, *source.absolute().parents[:2]):
         if (folder / run_folder.CONFIG).is_file():
