@@ -21,6 +21,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import _default_apply_gate
 
 from moe_dist.errors import UserError
+from moe_dist.models.nexus.configuration_nexus import MODEL_TYPES as NEXUS_TYPES
 from moe_dist.moe.experts import ExpertSpec, swiglu
 
 
@@ -49,6 +50,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": Family(score="sigmoid", correction_bias="e_score_correction_bias"),
     # The weights are a softmax over the chosen logits only; the balance loss takes it over all of them.
     "gpt_oss": Family(router="router"),
+    **dict.fromkeys(NEXUS_TYPES, Family()),
 }
 
 

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from moe_dist.errors import UserError
 from moe_dist.models.families import unknown_family
+from moe_dist.models.nexus import modeling_nexus as _registers_nexus  # noqa: F401
 
 
 def read_config(folder: Path) -> PreTrainedConfig:

@@ -1,0 +1,1 @@
+"""Nexus: router, domain embeddings, upcycling, extension."""
