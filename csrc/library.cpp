@@ -12,7 +12,6 @@
 #include <tuple>
 
 #include "experts.h"
-#include "pages.h"
 #include "permute.h"
 #include "swiglu.h"
 
@@ -133,10 +132,6 @@ void experts_backward(
   moe_dist::cpu::experts_backward(dy, x, z, w_in, w_out, counts, dx, dw_in, dw_out);
 }
 
-void advise_huge_pages(Tensor tensor) {
-  moe_dist::cpu::advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size());
-}
-
 }  // namespace on_cpu
 
 #ifdef MOE_DIST_CUDA
@@ -232,7 +227,6 @@ STABLE_TORCH_LIBRARY(moe_dist, library) {
   library.def(
       "experts_backward(Tensor dy, Tensor? x, Tensor? z, Tensor w_in, Tensor w_out, Tensor counts, Tensor(a!)? dx, "
       "Tensor(b!)? dw_in, Tensor(c!)? dw_out) -> ()");
-  library.def("advise_huge_pages(Tensor(a!) tensor) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moe_dist, CompositeExplicitAutograd, library) {
@@ -249,7 +243,6 @@ STABLE_TORCH_LIBRARY_IMPL(moe_dist, CPU, library) {
   library.impl("swiglu_backward", TORCH_BOX(&on_cpu::swiglu_backward));
   library.impl("experts_forward", TORCH_BOX(&on_cpu::experts_forward));
   library.impl("experts_backward", TORCH_BOX(&on_cpu::experts_backward));
-  library.impl("advise_huge_pages", TORCH_BOX(&on_cpu::advise_huge_pages));
 }
 
 #ifdef MOE_DIST_CUDA
