@@ -16,7 +16,7 @@ ranks that disagree wait for each other until a timeout.
 import os
 import socket
 import subprocess
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from moe_dist.errors import UserError
@@ -66,6 +66,37 @@ def derive(environ: MutableMapping[str, str], *, local_rank: int | None = None) 
     if local_rank is not None and local_rank != found.local_rank:
         raise UserError(f"--local_rank={local_rank} but LOCAL_RANK={found.local_rank}: unset the one that is wrong")
     return found
+
+
+def gpu_of(place: RankEnvironment, *, visible: int, environ: Mapping[str, str]) -> int:
+    """Index of this rank's GPU among the `visible` ones.
+
+    Where all ranks of a machine see all of its GPUs it is the local rank. SLURM can bind GPUs to tasks
+    (`--gpus-per-task`): then each rank sees its own alone, and takes the first where its local rank is beyond them.
+    Raises UserError where this rank would have to share a GPU.
+    """
+    if place.local_rank < visible:
+        return place.local_rank
+    if visible and _gpus_are_bound(place, environ):
+        return 0
+    raise UserError(
+        f"local rank {place.local_rank} has no GPU: it sees {visible}. Start at most one rank for each GPU, let SLURM "
+        "give each task its own (--gpus-per-task=1), or set MOE_DIST_DEVICE=cpu"
+    )
+
+
+def _gpus_are_bound(place: RankEnvironment, environ: Mapping[str, str]) -> bool:
+    """Whether each rank is a SLURM task to which GPUs of its own were given."""
+    if environ.get("SLURM_PROCID") != str(place.rank) or environ.get("SLURM_STEP_NUM_TASKS") != str(place.world_size):
+        return False  # a launcher inside of a task: its ranks share what the task sees
+    binding = environ.get("SLURM_GPU_BIND", "").removeprefix("verbose,").removeprefix("quiet,")
+    return (
+        environ.get("SLURM_GPUS_PER_TASK", "0") != "0"
+        or "gres/gpu" in environ.get("SLURM_TRES_PER_TASK", "")
+        or binding.startswith(("single", "per_task"))
+        # A wrapper that shows each task the GPU of its own number.
+        or environ.get("CUDA_VISIBLE_DEVICES") == str(place.local_rank)
+    )
 
 
 def _from_variables(environ: MutableMapping[str, str], local_rank: int | None) -> RankEnvironment:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.errors import UserError
-from moe_dist.launch.environment import apply
+from moe_dist.launch.environment import apply, gpu_of
 
 # Long enough for rank 0 to tokenise a data set while the others wait.
 TIMEOUT = timedelta(hours=2)
@@ -25,13 +25,9 @@ def start_ranks() -> torch.device:
     place = apply()
     device = torch.device("cpu")
     if torch.cuda.is_available() and os.environ.get("MOE_DIST_DEVICE") != "cpu":
-        if place.local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"local rank {place.local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; "
-                "start at most one rank for each GPU, or set MOE_DIST_DEVICE=cpu"
-            )
-        device = torch.device("cuda", place.local_rank)
+        device = torch.device("cuda", gpu_of(place, visible=torch.cuda.device_count(), environ=os.environ))
         torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the index of the device
     if place.world_size > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT)

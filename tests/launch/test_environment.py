@@ -3,7 +3,7 @@ import os
 import pytest
 
 from moe_dist.errors import UserError
-from moe_dist.launch.environment import apply, derive
+from moe_dist.launch.environment import apply, derive, gpu_of
 
 MASTER = {"MASTER_ADDR": "host0", "MASTER_PORT": "1234"}
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x", **MASTER}
@@ -83,3 +83,37 @@ def test_apply_sets_all_five_and_shares_the_cores():
     apply(alone)
     assert set(alone) == {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     assert apply({**environ, "OMP_NUM_THREADS": "7"}).world_size == 2
+
+
+BOUND = {**SLURM, "SLURM_GPUS_PER_TASK": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "visible", "index"),
+    [
+        (TORCHRUN, 8, 1),
+        (TORCHRUN, 1, None),
+        (TORCHRUN, 0, None),
+        (SLURM, 4, 1),
+        (SLURM, 1, None),
+        (BOUND, 1, 0),
+        (BOUND, 4, 1),  # asked for, and yet every task sees all of them
+        (BOUND, 0, None),
+        ({**SLURM, "SLURM_TRES_PER_TASK": "cpu=4,gres/gpu=1"}, 1, 0),
+        ({**SLURM, "SLURM_GPU_BIND": "verbose,single:1"}, 1, 0),
+        ({**SLURM, "SLURM_GPU_BIND": "none"}, 1, None),
+        ({**SLURM, "CUDA_VISIBLE_DEVICES": "1"}, 1, 0),
+        ({**SLURM, "CUDA_VISIBLE_DEVICES": "0"}, 1, None),
+        # torchrun in one task of the step: its ranks share what that task sees.
+        ({**BOUND, **TORCHRUN, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, 1, None),
+    ],
+)
+def test_the_gpu_of_a_rank(environ, visible, index):
+    environ = dict(environ)
+    place = apply(environ)
+    assert apply(environ).local_rank == 1  # the second time, as a run does, from the variables of the first
+    if index is not None:
+        assert gpu_of(place, visible=visible, environ=environ) == index
+        return
+    with pytest.raises(UserError, match=f"local rank 1 has no GPU: it sees {visible}"):
+        gpu_of(place, visible=visible, environ=environ)
