@@ -50,11 +50,16 @@ def row(case: str, ours: float, peer: float, peer_name: str, unit: str = "ms") -
 
 
 def run(
-    name: str, collect: Callable[[bool], Iterable[dict]], *, description: str, arguments: Sequence[str] | None = None
+    name: str,
+    collect: Callable[[bool], Iterable[dict | str]],
+    *,
+    description: str,
+    arguments: Sequence[str] | None = None,
 ) -> None:
     """Command line of a benchmark: `collect(full)` yields rows, which are printed as they come and written at the end.
 
-    What is printed is Markdown: it goes into benchmarks/results/ as it stands.
+    What is printed is Markdown: it goes into benchmarks/results/ as it stands. A string among the rows is a note, which
+    is printed below the table.
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
@@ -63,11 +68,16 @@ def run(
     shown = " ".join(["python -m", f"benchmarks.{name}", *(arguments if arguments is not None else sys.argv[1:])])
     print(f"`{shown}` on {device()}\n")
     print("| case | unit | ours | peer | ratio | peer is |\n|---|---|---|---|---|---|")
-    rows = []
+    rows, notes = [], []
     for line in collect(options.full):
+        if isinstance(line, str):
+            notes.append(line)
+            continue
         rows.append(line)
         figures = f"{line['ours']:.4g} | {line['peer']:.4g} | {line['ratio']:.2f}"
         print(f"| {line['case']} | {line['unit']} | {figures} | {line['peer_name']} |", flush=True)
+    for note in notes:
+        print(f"\n{note}")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -33,7 +33,7 @@ def main() -> None:
 def collect(full: bool) -> Iterator[dict]:
     with tempfile.TemporaryDirectory(prefix="load-memory-") as folder:
         size, largest = in_process(write_checkpoint, folder, 20 if full else 5)
-        print(f"checkpoint of {size / MB:.0f} MB, its largest tensor {largest / MB:.0f} MB")
+        yield f"The checkpoint has {size / MB:.0f} MB, its largest tensor {largest / MB:.0f} MB."
         port = _free_port()
         peaks, shares = watch(_load_ours, [(folder, rank, port) for rank in range(RANKS)])
         whole, _ = watch(_load_transformers, [(folder,)])

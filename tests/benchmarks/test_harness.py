@@ -26,14 +26,14 @@ def test_rows_are_printed_and_written(tmp_path, capsys):
     file = tmp_path / "rows.json"
     _harness.run(
         "permute",
-        lambda full: [_harness.row("a case", 2.0, 5.0 if full else 3.0, "someone")],
+        lambda full: ["A note.", _harness.row("a case", 2.0, 5.0 if full else 3.0, "someone")],
         description="",
         arguments=["--json", str(file), "--full"],
     )
     assert json.loads(file.read_text()) == [
         {"case": "a case", "unit": "ms", "ours": 2.0, "peer": 5.0, "peer_name": "someone", "ratio": 2.5}
     ]
-    assert "| a case | ms | 2 | 5 | 2.50 | someone |" in capsys.readouterr().out
+    assert "| a case | ms | 2 | 5 | 2.50 | someone |\n\nA note.\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
