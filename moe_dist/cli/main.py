@@ -20,9 +20,10 @@ VERBS = {
     "run": "go through the stages of a recipe, each of them resumable",
     "eval": "held-out loss and perplexity of a model, domain by domain",
     "export": "write a run or a checkpoint as a Hugging Face folder",
+    "inspect": "look at a run: tables, plots, and one page of them",
     "ckpt": "list and verify checkpoints",
     "doctor": "check this machine and the installation",
-    "esft": "train only the experts that a task uses: score them, select them",
+    "esft": "train only the experts that a task uses: score, select, adapter, merge",
 }
 
 HELP = """\

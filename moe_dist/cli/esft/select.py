@@ -62,9 +62,11 @@ def run(args: argparse.Namespace) -> int:
         non_expert_modules=args.non_expert_modules,
     )
     if args.plots is not None:
-        from moe_dist.methods.esft.figures import draw
+        from moe_dist.methods.esft.figures import selection_plots
+        from moe_dist.report.files import plot_files, write_files
 
-        draw({args.scores: summary, **others}, choice, kind=args.kind, folder=args.plots)
+        plots = selection_plots({args.scores: summary, **others}, choice, kind=args.kind)
+        write_files(args.plots, {name: content for plot in plots for name, content in plot_files(plot).items()})
     out = Path(args.out)
     write_json(out.with_name(f"{out.stem}.selection.json"), {"scores": args.scores, **choice.record})
     write_expert_config(out, choice.config)

@@ -2,62 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moe_dist.config.expert_files import Summary
-from moe_dist.methods.esft.selection import Choice, coverage_curve, overlap
-from moe_dist.report.plots import bars, heat_map, lines
+from moe_dist.methods.esft.selection import Choice, Scores, coverage_curve, overlap
+from moe_dist.report.plots import Plot, bars, heat_map, lines
 
 TOP = 6  # experts of a layer that are compared between tasks where a summary does not say how many a token gets
 
 
-def draw(tasks: Mapping[str, Summary], choice: Choice, *, kind: str, folder: str | Path) -> list[Path]:
-    """Draw the figures into `folder`, each as PNG with its numbers as CSV beside it; the files written.
+def selection_plots(tasks: Mapping[str, Summary], choice: Choice, *, kind: str) -> list[Plot]:
+    """The figures of a selection.
 
     tasks: path of each task's scores -> the scores; the first task is the one that `choice` was made from. With one
     task alone there is no overlap to draw.
     """
     scores = {path: summary.of_kind(kind, where=path) for path, summary in tasks.items()}
-    names = dict(zip(tasks, _short_names(list(tasks)), strict=True))
+    names = short_names(list(tasks))
     first = next(iter(tasks))
-    layers = choice.record["layers"]
-    written = bars(
-        Path(folder) / "experts_per_layer",
-        list(layers),
-        {"experts that train": [figures["selected"] for figures in layers.values()]},
-        title=f"Experts that train in each layer ({names[first]})",
-        x="layer",
-        y="experts",
-    )
-    experts = max(len(score) for score in scores[first].values())
-    curves = {f"layer {layer}": coverage_curve(score) for layer, score in scores[first].items()}
-    written += lines(
-        Path(folder) / "coverage",
-        list(range(experts + 1)),
-        {name: curve + [curve[-1]] * (experts + 1 - len(curve)) for name, curve in curves.items()},
-        title=f"Share of the {kind} score that the highest experts cover ({names[first]})",
-        x="experts, highest score first",
-        y="share covered",
-    )
+    counts = {layer: figures["selected"] for layer, figures in choice.record["layers"].items()}
+    plots = [
+        experts_per_layer(counts, of=names[0]),
+        coverage(scores[first], of=f"{kind} score, {names[0]}"),
+    ]
     if len(tasks) > 1:
         top = next((int(s.extra["top_k"]) for s in tasks.values() if "top_k" in s.extra), TOP)
-        written += heat_map(
-            Path(folder) / "overlap",
-            list(names.values()),
-            list(names.values()),
-            [[overlap(scores[a], scores[b], top=top) for b in tasks] for a in tasks],
-            title=f"Shared experts among the {top} highest of a layer, mean over layers",
-            x="task",
-            y="task",
-        )
-    return written
+        plots.append(task_overlap(dict(zip(names, scores.values(), strict=True)), top=top))
+    return plots
 
 
-def _short_names(paths: list[str]) -> list[str]:
+def experts_per_layer(counts: Mapping[str, int], *, of: str) -> Plot:
+    """Bars: how many experts of each layer train. of: what was selected for, as it goes into the title."""
+    return bars(
+        "experts_per_layer",
+        list(counts),
+        {"experts that train": list(counts.values())},
+        title=f"Experts that train in each layer ({of})",
+        x="layer",
+        y="experts",
+        meaning="Few experts are enough where the router sends the task to few; many where it spreads the task.",
+    )
+
+
+def coverage(scores: Scores, *, of: str) -> Plot:
+    """A curve for each layer: the share of its scores that its 0, 1, 2, ... highest experts cover."""
+    experts = max(len(score) for score in scores.values())
+    curves = {f"layer {layer}": coverage_curve(score) for layer, score in scores.items()}
+    return lines(
+        "coverage",
+        list(range(experts + 1)),
+        {name: curve + [curve[-1]] * (experts + 1 - len(curve)) for name, curve in curves.items()},
+        title=f"Share that the highest experts of a layer cover ({of})",
+        x="experts, highest score first",
+        y="share covered",
+        meaning="A curve that rises steeply is a layer in which few experts do most of the work on this text; a "
+        "straight line is a layer that uses all experts alike.",
+    )
+
+
+def task_overlap(scores: Mapping[str, Scores], *, top: int) -> Plot:
+    """A table of tasks by tasks: how many of the `top` highest experts of a layer they share, as a mean over layers."""
+    names = list(scores)
+    return heat_map(
+        "overlap",
+        names,
+        names,
+        [[overlap(scores[a], scores[b], top=top) for b in names] for a in names],
+        title=f"Shared experts among the {top} highest of a layer, mean over layers",
+        x="task",
+        y="task",
+        meaning=f"Two tasks that share all of them have {top}, as each has with itself; two that use different "
+        "experts have 0, so that what one trains leaves the other alone.",
+    )
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
     """Names that tell paths apart: the files' own, else their folders', else the whole paths."""
     for name in (lambda path: path.stem, lambda path: path.absolute().parent.name):
         names = [name(Path(path)) for path in paths]
         if len(set(names)) == len(names):
             return names
-    return paths
+    return list(paths)
