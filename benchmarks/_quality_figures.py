@@ -13,7 +13,10 @@ from benchmarks import _harness
 from benchmarks._quality_runs import ARMS, COVERED, Settings
 from moe_dist.config.strict_json import read_json
 
-OURS = ("token_0.2", "token_0.4")
+PEERS = {
+    "token_0.2": ("full", "lora", "lora_2", "random", "least_used", "shared"),
+    "token_0.4": ("full", "lora", "lora_2", "shared"),
+}
 NOT_DOMAINS = ("search",)
 
 
@@ -139,8 +142,7 @@ def _differences(results: Results) -> str:
 
 
 def _pairs(results: Results) -> list[tuple[str, str]]:
-    peers = {"token_0.2": ("full", "lora", "random", "least_used", "shared"), "token_0.4": ("full", "lora", "shared")}
-    return [(a, b) for a, others in peers.items() for b in others if b in results.arms and results.seeds("base", a, b)]
+    return [(a, b) for a, others in PEERS.items() for b in others if b in results.arms and results.seeds("base", a, b)]
 
 
 def paired(results: Results, ours: str, peer: str, what: str) -> list[float]:
@@ -219,9 +221,11 @@ def _claims(results: Results) -> str:
     asked = [
         ("ESFT forgets less than full fine-tuning", "token_0.2", "full", "general"),
         ("ESFT forgets less than LoRA", "token_0.2", "lora", "general"),
+        ("ESFT forgets less than LoRA of rank 2", "token_0.2", "lora_2", "general"),
         ("ESFT gains more on the task than random experts", "token_0.2", "random", "task"),
         ("ESFT gains more on the task than the least used experts", "token_0.2", "least_used", "task"),
         ("ESFT gains more on the task than LoRA", "token_0.2", "lora", "task"),
+        ("ESFT gains more on the task than LoRA of rank 2", "token_0.2", "lora_2", "task"),
         ("ESFT gains more on the task than shared experts alone (Table 3)", "token_0.2", "shared", "task"),
         ("full fine-tuning gains more on the task than ESFT (Table 3)", "full", "token_0.2", "task"),
         ("ESFT forgets less than shared experts alone (Table 3)", "token_0.2", "shared", "general"),

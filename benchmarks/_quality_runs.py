@@ -35,12 +35,14 @@ from moe_dist.train.schedule import learning_rate
 ARMS = {
     "full": "full fine-tuning",
     "lora": "LoRA, rank 8",
+    "lora_2": "LoRA, rank 2",
     "token_0.2": "ESFT-Token, p=0.2",
     "token_0.4": "ESFT-Token, p=0.4",
     "random": "random experts, as many as p=0.2",
     "least_used": "least used experts, as many as p=0.2",
     "shared": "shared experts only",
 }
+LORA_RANKS = {"lora": 8, "lora_2": 2}
 COVERED = (0.2, 0.4, 0.6)
 
 
@@ -140,8 +142,8 @@ class Experiment:
     def adapt(self, seed: int, arm: str, rate: float) -> dict:
         """Adapt the base model of a seed to the task by one arm; parameters that trained, losses along the way."""
         torch.manual_seed(seed)  # LoRA's first matrices
-        if arm == "lora":
-            model = lora_model(self.base_folder(seed))
+        if arm in LORA_RANKS:
+            model = lora_model(self.base_folder(seed), rank=LORA_RANKS[arm])
         else:
             section = self.trainable(seed, arm)
             model = self._model(ModelSection(path=str(self.base_folder(seed))), trainable=section)
@@ -247,7 +249,7 @@ class Experiment:
             yield torch.cat(parts)
 
 
-def lora_model(folder: Path, *, rank: int = 8) -> nn.Module:
+def lora_model(folder: Path, *, rank: int) -> nn.Module:
     """peft's LoRA on every matrix but embeddings and head, scaling 2, as the paper has it: router, attention, shared
     experts, and each routed expert with pairs of its own.
 

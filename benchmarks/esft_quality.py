@@ -5,7 +5,8 @@ that it has not seen is the task. Each arm adapts the base on the same windows o
 are held-out losses on the task and on what the base had learned ("general"), over seeds with a base of their own each:
 
   full                   every parameter trains
-  lora                   peft, rank 8, scaling 2, on every matrix but embeddings and head
+  lora                   peft, rank 8, scaling 2, on every matrix but embeddings and head, as in the paper
+  lora_2                 the same with rank 2: at this size rank 8 trains a third of the parameters
   token_0.2, token_0.4   ESFT-Token: the experts that cover this share of the task's tokens
   random, least_used     as many experts of each layer as token_0.2 has, but others
   shared                 the shared experts only
@@ -34,7 +35,7 @@ import torch
 
 from benchmarks import _harness, _quality_figures
 from benchmarks._quality_figures import job_file
-from benchmarks._quality_runs import ARMS, Experiment, Settings
+from benchmarks._quality_runs import ARMS, LORA_RANKS, Experiment, Settings
 from benchmarks._quality_text import Domain, load_domains
 from moe_dist.config.strict_json import write_json
 from moe_dist.data.atomic import locked
@@ -152,7 +153,7 @@ def unfinished(experiment: Experiment) -> list[tuple[int, str, float]]:
 
 def arms() -> list[str]:
     """All arms; without LoRA where there is no peft."""
-    return [arm for arm in ARMS if arm != "lora" or importlib.util.find_spec("peft")]
+    return [arm for arm in ARMS if arm not in LORA_RANKS or importlib.util.find_spec("peft")]
 
 
 def versions() -> dict[str, str]:

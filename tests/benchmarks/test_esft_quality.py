@@ -104,7 +104,7 @@ def test_arms_train_what_they_are_called_after(experiment, finished):
 
 def test_lora_begins_at_the_base_and_is_on_every_matrix_but_embeddings_and_head(experiment):
     pytest.importorskip("peft")
-    base, lora = load_model(experiment.base_folder(0)), lora_model(experiment.base_folder(0)).eval()
+    base, lora = load_model(experiment.base_folder(0)), lora_model(experiment.base_folder(0), rank=8).eval()
     batch = as_batch(experiment.held_out["search"])
     with torch.no_grad():
         torch.testing.assert_close(forward(lora, batch), forward(base, batch), rtol=1e-5, atol=1e-6)
@@ -123,7 +123,12 @@ def test_lora_begins_at_the_base_and_is_on_every_matrix_but_embeddings_and_head(
     for name, module in adapted.items():
         assert module.scaling["default"] == 2
         assert module.r["default"] == (16 if name.endswith("gate_up_proj") else 8)  # two matrices in one tensor
+    assert trained(lora_model(experiment.base_folder(0), rank=2)) * 4 == trained(lora)
     assert all("lora_" in name for name, parameter in lora.named_parameters() if parameter.requires_grad)
+
+
+def trained(model) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def test_text_of_the_task_is_not_in_the_base_and_held_out_text_in_no_training(experiment):
