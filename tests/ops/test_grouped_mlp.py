@@ -268,6 +268,38 @@ def test_threads_over_experts_against_one_after_the_other(counts, threads, dtype
         assert relative_error(ours, plain) <= CLOSE[dtype]
 
 
+@pytest.mark.skipif(not native.has_cpu(), reason="the native library was not built here")
+@pytest.mark.parametrize("bad", [0, 2])
+@pytest.mark.parametrize("dtype", CLOSE)
+def test_no_expert_sees_the_rows_of_another(dtype, bad):
+    """bf16 products are padded with whatever rows come next: that must not show, not even where those are NaN."""
+    counts = (40, 17, 3, 33)
+    span, x, grad = draw_span(counts, dtype, width=11, bias=False)
+    start = sum(counts[:bad])
+    results = []
+    for value in (1.0, float("nan")):
+        for rows in (x, grad):
+            rows[start : start + counts[bad]] = value
+        results.append(every_result(experts_native, span, x, grad, swiglu))
+    for fine, spoilt in zip(*results, strict=True):
+        parts = [(tensor.split(counts) if len(tensor) == len(x) else tensor.unbind()) for tensor in (fine, spoilt)]
+        for expert, (a, b) in enumerate(zip(*parts, strict=True)):
+            assert expert == bad or torch.equal(a, b), expert
+
+
+@pytest.mark.skipif(not native.has_cpu(), reason="the native library was not built here")
+def test_bf16_products_have_few_shapes():
+    """torch generates code for each shape of a bf16 product, which takes ten times as long as a small product."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiler:
+        for count in range(1, 200, 3):
+            span, x, grad = draw_span((count,), torch.bfloat16, width=8, bias=False)
+            every_result(experts_native, span, x, grad, swiglu)
+    shapes = [event.input_shapes for event in profiler.events() if event.name == "aten::mm"]
+    assert len(shapes) >= 10 * 67
+    assert {left[0] for left, right, _ in shapes if right == [16, 16]} == set(range(16, 209, 16))
+    assert len({str(shape) for shape in shapes}) <= 6 * 13
+
+
 @pytest.mark.parametrize("activation", [swiglu, interleaved])
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("dtype", CLOSE)
