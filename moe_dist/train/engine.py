@@ -242,6 +242,8 @@ def build_engine(
     names = global_names(model)
     groups = parameter_groups(model, weight_decay=weight_decay)
     hyper = {"lr": 0.0, "betas": tuple(betas), "eps": eps}
+    if grid.device.type == "cpu":
+        hyper["fused"] = True  # one pass over masters and moments instead of ten; on CUDA torch chooses well itself
     if backend == "plain":
         machinery: Backend = PlainBackend(model, groups, hyper)
     else:

@@ -61,8 +61,9 @@ class MasterAdamW(torch.optim.AdamW):
     def _collect(self, parameter: nn.Parameter) -> None:
         master = self.masters[parameter]
         if master.grad is None:
-            master.grad = torch.zeros_like(master)
-        master.grad += parameter.grad
+            master.grad = torch.empty_like(master).copy_(parameter.grad)
+        else:
+            master.grad += parameter.grad
         parameter.grad = None
 
     @torch.no_grad()
