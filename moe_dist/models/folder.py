@@ -40,11 +40,12 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies and what it is."""
+    """Where a tensor lies and what it is. start: offset of its first byte in the file."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+    start: int
 
 
 @dataclass
@@ -67,6 +68,12 @@ class WeightFiles:
     def read_row(self, key: str, row: int) -> torch.Tensor:
         """One row of a tensor's dimension 0; no other row is touched."""
         return self._handle(key).get_slice(key)[row]
+
+    def check(self) -> None:
+        """UserError unless every file is sound: tensors side by side in it, each with the bytes of its shape."""
+        with self:
+            for key in {info.file: key for key, info in self.tensors.items()}.values():
+                self._handle(key)
 
     def main_dtype(self) -> torch.dtype:
         """The floating dtype that most elements are stored in."""
@@ -148,7 +155,9 @@ def _header(file: Path) -> dict[str, TensorInfo]:
             short = "truncated" if size < end else "damaged"
             raise UserError(f"{file} is {short}: it has {size} bytes, its header promises {end}")
         return {
-            key: TensorInfo(file, tuple(entry["shape"]), _dtype(file, key, entry["dtype"]))
+            key: TensorInfo(
+                file, tuple(entry["shape"]), _dtype(file, key, entry["dtype"]), 8 + length + entry["data_offsets"][0]
+            )
             for key, entry in entries.items()
         }
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
