@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 
 from moe_dist.report.plots import Plot, lines
-from moe_dist.report.record import RunRecord
+from moe_dist.report.record import RunRecord, number
 
 Series = Mapping[int, float]  # step -> value
 
@@ -13,6 +14,8 @@ Series = Mapping[int, float]  # step -> value
 def curve_plots(record: RunRecord) -> list[Plot]:
     """Those figures for which the run has numbers, losses first."""
     held_out = {f"held-out {name}": record.series("eval", "domains", name, "loss") for name in record.domains}
+    norm, clip = record.series("train", "grad_norm"), number(record.setting("train", "clip_norm"))
+    clipped = clip is not None and max((value for value in norm.values() if isfinite(value)), default=0.0) > clip / 4
     plots = [
         _over_steps(
             "loss",
@@ -67,11 +70,13 @@ def curve_plots(record: RunRecord) -> list[Plot]:
         ),
         _over_steps(
             "gradient_norm",
-            {"norm before clipping": record.series("train", "grad_norm"), "clip norm": _clip(record)},
+            {"norm before clipping": norm},
             title="Gradient norm",
             y="norm",
+            level=clip if clipped else None,
             meaning="2-norm of the gradient of all that trains, over all ranks, before clipping. A line that shoots up "
-            "and stays up announces trouble; the clip norm is where gradients are scaled down.",
+            "and stays up announces trouble."
+            + (f" Gradients above {clip:g} are scaled down to it: the grey line." if clipped else ""),
         ),
         _over_steps(
             "speed",
@@ -94,8 +99,3 @@ def _over_steps(
     steps = sorted({step for values in series.values() for step in values})
     table = {label: [values.get(step) for step in steps] for label, values in series.items()}
     return lines(name, steps, table, title=title, x="step", y=y, meaning=meaning, level=level)
-
-
-def _clip(record: RunRecord) -> Series:
-    clip, steps = record.setting("train", "clip_norm"), record.series("train", "grad_norm")
-    return dict.fromkeys(steps, clip) if isinstance(clip, (int, float)) else {}

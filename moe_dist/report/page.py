@@ -72,11 +72,11 @@ def _notes(notes: Sequence[str]) -> str:
 
 def _section(section: Section) -> str:
     missing = "".join(f'<p class="missing">{html.escape(text)}</p>' for text in section.missing)
-    return (
-        f'<section id="{section.anchor}"><h2>{html.escape(section.title)}</h2>{missing}'
-        f'<div class="cards">{"".join(map(_figure, section.plots))}</div>{"".join(map(_table, section.tables))}'
-        "</section>\n"
-    )
+    narrow = [table for table in section.tables if len(table.header) <= 2]  # has room beside a figure
+    cards = "".join([*map(_figure, section.plots), *map(_table, narrow)])
+    below = "".join(_table(table) for table in section.tables if table not in narrow)
+    heading = f"<h2>{html.escape(section.title)}</h2>{missing}"
+    return f'<section id="{section.anchor}">{heading}<div class="cards">{cards}</div>{below}</section>\n'
 
 
 def _figure(plot: Plot) -> str:

@@ -47,10 +47,10 @@ def bars(
         for number, (label, values) in enumerate(series.items()):
             at = [place + (number - (len(series) - 1) / 2) * width for place in range(len(places))]
             axes.bar(at, values, width, label=label, color=PALETTE[number % len(PALETTE)])
-        _name_ticks(axes.xaxis, places, at_most=32)
+        _name_ticks(axes.xaxis, places, at_most=16)
         axes.yaxis.get_major_locator().set_params(integer=all(isinstance(v, int) for s in series.values() for v in s))
         if len(series) > 1:
-            axes.legend()
+            _legend(axes)
 
     table = [[x, *series], *([place, *values] for place, *values in zip(places, *series.values(), strict=True))]
     words = "Bars. " + " ".join(_bar_words(label, places, values, x) for label, values in series.items())
@@ -102,8 +102,7 @@ def lines(
         if all(isinstance(place, int) for place in places):
             axes.xaxis.get_major_locator().set_params(integer=True)
         if len(series) > 1:
-            # Finding the best corner looks at every point.
-            axes.legend(loc="best" if len(places) < 2000 else "upper right")
+            _legend(axes)
 
     table = [[x, *series], *([place, *values] for place, *values in zip(places, *series.values(), strict=True))]
     words = f"{len(series)} line{'s' * (len(series) > 1)} over {x}. " + " ".join(
@@ -144,7 +143,8 @@ def heat_map(
         _name_ticks(axes.xaxis, columns, at_most=16)
         if max(map(len, columns), default=0) > 4 and len(columns) > 4:
             axes.tick_params(axis="x", rotation=30)
-        if len(rows) <= 12 and len(columns) <= 12:
+        written = len(rows) <= 12 and len(columns) <= 12
+        if written:
             for (r, c), value in known.items():
                 red, green, blue = to_rgb(image.cmap(image.norm(value)))
                 dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
@@ -152,11 +152,10 @@ def heat_map(
                     c, r, f"{value:.2f}", ha="center", va="center", color=BRIGHT if dark else DARK, fontsize="small"
                 )
         if marked:
-            # In the upper left corner of a cell, where no number stands.
-            axes.scatter(
-                [c - 0.36 for _, c in marked], [r - 0.32 for r, _ in marked],
-                s=max(3, min(25, 2500 / (len(rows) * len(columns)))), c=BRIGHT, edgecolors=DARK, linewidths=0.6,
-            )  # fmt: skip
+            left, up = (0.36, 0.32) if written else (0, 0)  # the numbers stand in the middle
+            size = max(7, min(25, 2500 / (len(rows) * len(columns))))
+            at = [c - left for _, c in marked], [r - up for r, _ in marked]
+            axes.scatter(*at, s=size, c=BRIGHT, edgecolors=DARK, linewidths=0.6)
 
     table = [[f"{y} / {x}", *columns], *([row, *line] for row, line in zip(rows, values, strict=True))]
     words = f"Heat map of {len(rows)} by {len(columns)} cells."
@@ -167,6 +166,12 @@ def heat_map(
             f" highest {known[high_r, high_c]:.3g} at {y} {rows[high_r]}, {x} {columns[high_c]}."
         )
     return Plot(name, title, x, y, table, paint, words, meaning, wide=len(rows) * len(columns) > 256)
+
+
+def _legend(axes) -> None:
+    """Above the axes, where it hides no line, in as many columns as the names leave room for."""
+    longest = max(len(label) for label in axes.get_legend_handles_labels()[1])
+    axes.figure.legend(loc="outside upper left", ncols=max(1, min(3, 48 // (longest + 6))))
 
 
 def _name_ticks(axis, names: Sequence[str], *, at_most: int) -> None:

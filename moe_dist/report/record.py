@@ -134,7 +134,9 @@ def number(value: Any) -> float | int | None:
     """A number as metrics.jsonl has it, those that are not finite as text; None for anything else."""
     if value in ("nan", "inf", "-inf"):
         return float(value)
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return value if isinstance(value, float) or abs(value) < 2**63 else None
 
 
 def numbers(values: Any) -> list[float | int]:

@@ -27,7 +27,7 @@ nav a { display: inline-block; padding: .4rem 0; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 1rem; margin: 0;
   min-width: 0; }
 .card.wide { grid-column: 1 / -1; }
-.card.table { margin-top: 1rem; }
+section > .card.table { margin-top: 1rem; }
 .card p, figcaption { margin: .5rem 0 0; font-size: .9rem; color: var(--soft); }
 figure svg { display: block; width: 100%; height: auto; max-width: 36rem; margin: 0 auto; fill: currentColor; }
 figure text { fill: currentColor; }

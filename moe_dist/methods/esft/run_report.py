@@ -86,13 +86,17 @@ def _own_scores(record: RunRecord, missing: list[str]) -> tuple[Summary | None, 
 
 
 def _selections(record: RunRecord, missing: list[str]) -> list[Table]:
-    tables = []
+    tables: dict[str, Table] = {}
     for path in (path for folder in _folders(record) for path in sorted(folder.glob("*.selection.json"))):
         try:
-            tables.append(_selection_table(path, read_json(path)))
+            table = _selection_table(path, read_json(path))
         except UserError as error:
             missing.append(f"not used: {error}")
-    return tables
+            continue
+        if table.name in tables:
+            missing.append(f"not shown: {path}, since another selection is called so too")
+        tables.setdefault(table.name, table)
+    return list(tables.values())
 
 
 def _selection_table(path: Path, choice: Mapping) -> Table:
