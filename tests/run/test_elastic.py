@@ -37,6 +37,13 @@ def test_the_course_does_not_depend_on_the_ranks(ranks, tmp_path):
         assert mine["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert mine["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
         assert mine["layers"] == expected["layers"]
+    counted = [[(line["steps"], line["counts"]) for line in events(run, "experts")] for run in (parted, whole)]
+    assert counted[0] == counted[1]
+    for line, (steps, counts) in zip(ours, counted[0], strict=True):
+        halves = [(sum(layer[: (len(layer) + 1) // 2]), sum(layer)) for layer in counts.values()]
+        busier = max(2 * max(half, total - half) / total for half, total in halves)
+        assert steps == 1
+        assert line["rank_load_max"] == pytest.approx(busier if line["step"] in (3, 4) else 1.0)
     held = [line["domains"]["held"] for line in (events(parted, "eval")[-1], events(whole, "eval")[-1])]
     assert held[0]["tokens"] == held[1]["tokens"]
     assert held[0]["loss"] == pytest.approx(held[1]["loss"], rel=1e-5)
