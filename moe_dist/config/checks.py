@@ -73,6 +73,11 @@ def accumulation(config: RunConfig, world_size: int) -> int:
     return total // per_pass
 
 
+def check_bounds(config: Any) -> None:
+    """Check the bounds and choices that stand beside the keys of any dataclass of sections."""
+    _bounds(config, "")
+
+
 def is_local(path: str) -> bool:
     """Whether a model or tokenizer name means a folder here and not a hub repository.
 
@@ -188,7 +193,7 @@ def _parallel(config: RunConfig) -> None:
 
 def _trainable(config: RunConfig) -> None:
     trainable = config.trainable
-    if trainable.experts_file is not None and trainable.experts is not None:
+    if trainable.experts_file is not None and trainable.experts:  # {} names none, and leaves them to the file
         raise UserError("trainable: experts and experts_file both say which experts train; remove one of them")
     if not trainable.include and trainable.experts is None:
         raise UserError("trainable.include=[]: nothing would train; give at least one pattern, '*' for all")

@@ -80,7 +80,12 @@ class DataSection:
     eval: list[Source] = key([], "Held-out domains: a list, or a mapping of name to source.", free=True)
     eval_fraction: float = key(0.0, "Share of every training source held out when data.eval is empty.", low=0, high=0.5)
     seq_len: int = key(512, "Tokens of a training sequence.", low=2)
-    packing: bool = key(True, "Several documents in one sequence; neither attention nor loss crosses them.")
+    packing: bool | str = key(
+        True,
+        "Several documents in one sequence: true keeps attention and loss within each; esft joins them as the ESFT "
+        "repository does.",
+        choices=(True, False, "esft"),
+    )
     cache_dir: str | None = key(None, "Where tokenised data is kept; ~/.cache/moe_dist when absent.", free=True)
     chat_template: str | None = key(
         None, "Jinja template, or a file of one, in place of the tokenizer's own chat template."

@@ -23,7 +23,7 @@ import numpy as np
 
 from moe_dist.data.atomic import locked, new_folder, remove_debris, write_durably
 from moe_dist.data.fingerprint import digest
-from moe_dist.data.packing import assemble, best_fit_decreasing, cut
+from moe_dist.data.packing import arrange, assemble, best_fit_decreasing, cut
 from moe_dist.data.records import RecordLog
 from moe_dist.errors import UserError
 
@@ -73,11 +73,14 @@ class PackedRows:
         return np.memmap(path, dtype=dtype, mode="r", shape=(count,)) if count else np.empty(0, dtype)
 
 
-def cached_rows(root: Path, source, encoder, *, seq_len: int, packing: bool, on_bad: str = "fail") -> PackedRows:
+def cached_rows(
+    root: Path, source, encoder, *, seq_len: int, packing: bool | str, seed: int = 0, on_bad: str = "fail"
+) -> PackedRows:
     """The packed rows of a source, from the cache under `root`, built now if they are not there.
 
     source: has name, fingerprint(memo_dir) and records(book). encoder: has identity, pad_id and encode(records, book).
-    packing: several documents in a row, best fit; otherwise one document, or one piece of a long one.
+    packing: True for several documents in a row, best fit; False for one document, or one piece of a long one; "esft"
+    as `moe_dist.data.concat` says, with draws by `seed`, on which nothing else depends.
     UserError for bad records under the policy "fail", a source without a usable document, a full disk.
     """
     root = Path(root).expanduser()
@@ -86,7 +89,7 @@ def cached_rows(root: Path, source, encoder, *, seq_len: int, packing: bool, on_
         "source": source.fingerprint(root / "files"),
         "encoder": encoder.identity,
         "seq_len": seq_len,
-        "packing": packing,
+        "packing": [packing, seed] if packing == "esft" else packing,
         "pad_id": encoder.pad_id,
     }
     key = digest(identity)[:40]
@@ -98,7 +101,7 @@ def cached_rows(root: Path, source, encoder, *, seq_len: int, packing: bool, on_
                 if held:
                     remove_debris(folder)
                 if not (folder / "meta.json").is_file():
-                    _build(folder, source, encoder, identity, on_bad)
+                    _build(folder, source, encoder, identity, packing, seed, on_bad)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 free = shutil.disk_usage(root).free
@@ -118,10 +121,10 @@ def cached_rows(root: Path, source, encoder, *, seq_len: int, packing: bool, on_
     return rows
 
 
-def _build(folder: Path, source, encoder, identity: dict, on_bad: str) -> None:
+def _build(folder: Path, source, encoder, identity: dict, packing: bool | str, seed: int, on_bad: str) -> None:
     with new_folder(folder, marker="meta.json") as temporary:
         book = RecordLog(on_bad=on_bad)
-        meta = _write_arrays(temporary, source, encoder, book, identity["seq_len"], identity["packing"])
+        meta = _write_arrays(temporary, source, encoder, book, identity["seq_len"], packing, seed)
         meta |= {
             "name": source.name,
             "seq_len": identity["seq_len"],
@@ -132,29 +135,33 @@ def _build(folder: Path, source, encoder, identity: dict, on_bad: str) -> None:
         write_durably(temporary / "meta.json", json.dumps(meta, indent=1).encode("utf-8"))
 
 
-def _write_arrays(folder: Path, source, encoder, book: RecordLog, seq_len: int, packing: bool) -> dict:
+def _write_arrays(folder: Path, source, encoder, book: RecordLog, seq_len: int, packing: bool | str, seed: int) -> dict:
     starts: list[int] = []
     lengths: list[int] = []
-    documents = tokens = label_tokens = unused = 0
-    with open(folder / "tokens.bin", "wb") as token_file, open(folder / "loss.bin", "wb") as loss_file:
+    documents = tokens = stored = label_tokens = 0
+
+    def counted():
+        nonlocal documents, tokens
         for ids, loss in encoder.encode(source.records(book), book):
+            documents, tokens = documents + 1, tokens + len(ids)
+            yield ids, loss
+
+    with open(folder / "tokens.bin", "wb") as token_file, open(folder / "loss.bin", "wb") as loss_file:
+        for ids, loss in arrange(counted(), seq_len=seq_len, packing=packing, seed=seed):
             token_file.write(ids.astype(ARRAYS["tokens"]).tobytes())
             loss_file.write(loss.astype(ARRAYS["loss"]).tobytes())
-            pieces = cut(loss, seq_len)
-            for start, length in pieces:
-                starts.append(tokens + start)
+            for start, length in cut(loss, seq_len):
+                starts.append(stored + start)
                 lengths.append(length)
                 label_tokens += int(np.count_nonzero(loss[start + 1 : start + length]))
-            unused += len(ids) - sum(length for _, length in pieces)
-            tokens += len(ids)
-            documents += 1
+            stored += len(ids)
         for file in (token_file, loss_file):
             file.flush()
             os.fsync(file.fileno())
     if not starts:
         left_out = f"; {sum(book.bad.values())} records were left out" if book.bad else ""
         raise UserError(f"data source {source.name}: no document with a token to learn{left_out}")
-    rows = best_fit_decreasing(lengths, seq_len) if packing else [[piece] for piece in range(len(lengths))]
+    rows = best_fit_decreasing(lengths, seq_len) if packing is True else [[piece] for piece in range(len(lengths))]
     order = [piece for row in rows for piece in row]
     arrays = {
         "start": np.asarray(starts)[order],
@@ -167,8 +174,8 @@ def _write_arrays(folder: Path, source, encoder, book: RecordLog, seq_len: int, 
         "documents": documents,
         "tokens": tokens,
         "label_tokens": label_tokens,
-        "unused_tokens": unused,
+        "unused_tokens": tokens - sum(lengths),
         "rows": len(rows),
         "fill": sum(lengths) / (len(rows) * seq_len),
-        "elements": {"tokens": tokens, "loss": tokens, **{name: len(values) for name, values in arrays.items()}},
+        "elements": {"tokens": stored, "loss": stored, **{name: len(values) for name, values in arrays.items()}},
     }

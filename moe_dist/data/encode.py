@@ -12,7 +12,7 @@ from moe_dist.data.records import Record, RecordLog
 from moe_dist.errors import UserError
 
 # Bumped when the same record would give other tokens or another loss mask.
-ENCODER_VERSION = 1
+ENCODER_VERSION = 2
 # Texts handed to the tokenizer at once: it encodes them on all threads.
 BATCH = 256
 

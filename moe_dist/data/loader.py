@@ -109,9 +109,9 @@ def build_data(data, tokenizer, *, seed: int = 0) -> Data:
     encoder = Encoder(tokenizer, chat_template=data.chat_template)
     cache = Path(data.cache_dir or CACHE_DIR).expanduser()
     train, held_out = _sides(data, cache)
-    options = {"seq_len": data.seq_len, "packing": data.packing, "on_bad": data.on_bad_record}
+    options = {"seq_len": data.seq_len, "packing": data.packing, "seed": seed, "on_bad": data.on_bad_record}
     rows = {
-        source.name: StreamRows(source, encoder, seed=seed, **options)
+        source.name: StreamRows(source, encoder, **options)
         if source.streaming
         else cached_rows(cache, source, encoder, **options)
         for source in train
@@ -137,6 +137,11 @@ def build_data(data, tokenizer, *, seed: int = 0) -> Data:
         fingerprint=digest([weights, *(_fingerprint(one) for one in rows.values())]),
     )
     return Data(TrainData(rows, sampler, seq_len=data.seq_len, pad_id=encoder.pad_id), evals, summary)
+
+
+def train_sources(data) -> list[TextSource]:
+    """The sources of `data.train` as they are, for those who want documents and not rows; checked, not yet read."""
+    return _sides(data, Path(data.cache_dir or CACHE_DIR).expanduser())[0]
 
 
 def check_data(data) -> None:

@@ -1,5 +1,7 @@
 """Documents into rows of one length, so that neither attention nor loss crosses from one document to another.
 
+(Rows of `data.packing: esft` are put together by `moe_dist.data.concat` and come here as documents of their own.)
+
 What a row holds (all of length L):
   input_ids       tokens of its documents one after another, then padding
   labels          input_ids where a token is to be learned, else -100; aligned with input_ids, the loss shifts them
@@ -14,7 +16,11 @@ attends to it, and no query is left without a key (whose softmax would be NaN in
 what is not attention: the MoE layer leaves padding out of its statistics and balance losses.
 """
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
+
+from moe_dist.data.concat import concatenate
 
 IGNORE = -100
 
@@ -47,6 +53,11 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
             by_room[left].append(group)
             rooms |= 1 << left
     return groups
+
+
+def arrange(documents: Iterable, *, seq_len: int, packing: bool | str, seed: int) -> Iterator:
+    """The documents (ids, loss) that rows are made of: as they come, or already put together for `packing="esft"`."""
+    return concatenate(documents, seq_len, seed=seed) if packing == "esft" else iter(documents)
 
 
 def cut(loss: np.ndarray, seq_len: int) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from moe_dist.data.fingerprint import digest
-from moe_dist.data.packing import assemble, best_fit_decreasing, cut
+from moe_dist.data.packing import arrange, assemble, best_fit_decreasing, cut
 from moe_dist.data.records import RecordLog
 from moe_dist.data.sampler import shuffle
 from moe_dist.errors import UserError
@@ -25,7 +25,7 @@ class StreamRows:
     `cached_rows`, and the seed of the shuffles.
     """
 
-    def __init__(self, source, encoder, *, seq_len: int, packing: bool, seed: int = 0, on_bad: str = "fail"):
+    def __init__(self, source, encoder, *, seq_len: int, packing: bool | str, seed: int = 0, on_bad: str = "fail"):
         self.source = source
         self.encoder = encoder
         self.seq_len = seq_len
@@ -65,18 +65,19 @@ class StreamRows:
 
     def _buffers(self) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
         buffer, tokens = [], 0
-        for ids, loss in self.encoder.encode(self.source.records(self.book), self.book):
+        documents = self.encoder.encode(self.source.records(self.book), self.book)
+        for ids, loss in arrange(documents, seq_len=self.seq_len, packing=self.packing, seed=self.seed):
             for start, length in cut(loss, self.seq_len):
                 buffer.append((ids[start : start + length], loss[start : start + length]))
                 tokens += length
-            if (tokens if self.packing else len(buffer) * self.seq_len) >= BUFFER_ROWS * self.seq_len:
+            if (tokens if self.packing is True else len(buffer) * self.seq_len) >= BUFFER_ROWS * self.seq_len:
                 yield buffer
                 buffer, tokens = [], 0
         if buffer:
             yield buffer
 
     def _pack(self, buffer: list) -> list[list]:
-        if not self.packing:
+        if self.packing is not True:
             return [[piece] for piece in buffer]
         groups = best_fit_decreasing(np.array([len(ids) for ids, _ in buffer]), self.seq_len)
         return [[buffer[piece] for piece in group] for group in groups]

@@ -70,7 +70,7 @@ def evaluate_run(config: RunConfig, *, weights: str | None = None) -> tuple[int 
     if not data.eval:
         raise UserError("data.eval is empty: name at least one held-out domain, or set data.eval_fraction")
     model = build_model(config, plan, grid).eval()
-    if config.data.packing:
+    if config.data.packing is True:
         check_packing(model.config)
     step = _lay_over(model, plan, Path(weights or config.run.dir), grid, required=weights is not None)
     routing = Routing(model, config.moe, grid)

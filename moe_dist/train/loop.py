@@ -50,7 +50,7 @@ def train(config: RunConfig, *, resume: str = "auto", overwrite: bool = False) -
     if data.train is None:
         raise UserError("data.train is empty: give at least one training source")
     model = build_model(config, plan, grid)
-    if config.data.packing:
+    if config.data.packing is True:
         check_packing(model.config)
     micro_batches = accumulation(config, grid.world)
     engine = build_engine(

@@ -58,7 +58,10 @@ def select(section: TrainableSection, model: nn.Module, routers: list[str]) -> S
     names = frozenset(name for name in dense if name in chosen and allowed[is_shared_expert(name)])
     selection = Selection(names, experts)
     if not selection.names and not any(experts.values()):
-        raise UserError("trainable: nothing would train; widen trainable.include or trainable.experts")
+        raise UserError(
+            "trainable: nothing would train; widen trainable.include or trainable.experts, or give the expert config "
+            "of `esft select` as trainable.experts_file"
+        )
     return selection
 
 

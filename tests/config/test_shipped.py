@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 
 from moe_dist.config.checks import accumulation, check_layout
-from moe_dist.config.load import load
+from moe_dist.config.load import build, load, read_mapping
 from moe_dist.config.recipe import load_recipe
+from moe_dist.errors import UserError
+from moe_dist.train.dry_run import describe
+from tests.models.tiny import make_folder
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -33,3 +36,34 @@ def test_the_quickstart_goes_on_from_two_ranks_to_one():
     for stage in recipe.stages:
         if stage.config is not None:
             load(stage.config, stage.overrides, paths=False)
+
+
+def test_the_papers_recipe_has_its_numbers():
+    config = load(CONFIGS / "esft" / "paper.yaml")
+    train = config.train
+    assert (train.steps, train.global_batch_size, config.data.seq_len) == (500, 32, 4096)
+    assert (train.lr, train.schedule, train.warmup_steps) == (1e-5, "constant", 0)
+    assert (train.betas, train.weight_decay, train.clip_norm, train.precision) == ([0.9, 0.95], 0.1, 1.0, "bf16")
+    assert (train.eval_every, config.checkpoint.keep_best, config.data.packing) == (100, True, "esft")
+    for world in (2, 4, 8, 16):
+        check_layout(config, world)
+
+
+def test_the_papers_recipe_can_be_looked_at_without_network_or_weights(tmp_path):
+    config = load(CONFIGS / "esft" / "paper.yaml")
+    text = describe(config, 8)
+    assert "expert-data 4 x expert 2" in text
+    assert "deepseek-ai/DeepSeek-V2-Lite is on the hub" in text
+    assert "step     32 sequences of 4096" in text
+    # With an expert config, and a small model of the same family: what trains is what the file says.
+    (tmp_path / "experts.json").write_text('{"experts": {"1": [3, 0]}, "shared_experts": true}')
+    model = {"path": str(make_folder("deepseek_v2", tmp_path / "model"))}
+    tree = read_mapping(CONFIGS / "esft" / "paper.yaml")
+    chosen = build(tree, [f"model.path={model['path']}", f"trainable.experts_file={tmp_path / 'experts.json'}"])
+    assert chosen.trainable.experts == {"1": [3, 0]}
+    assert chosen.trainable.shared_experts
+    assert not chosen.trainable.non_expert_modules
+    assert "2/8 (0,3)" in describe(chosen, 2)
+    # And without one, nothing: it is not the whole model that trains then.
+    with pytest.raises(UserError, match=r"nothing would train.*trainable\.experts_file"):
+        describe(build(tree, [f"model.path={model['path']}"]), 2)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from moe_dist.checkpoint import fingerprint
 from moe_dist.config.expert_files import Summary
-from moe_dist.config.schema import RunConfig
+from moe_dist.config.schema import RunConfig, TrainableSection
 from moe_dist.data.attention import check_packing, model_inputs
 from moe_dist.data.fingerprint import digest
 from moe_dist.data.loader import TrainData, build_data
@@ -38,12 +40,13 @@ def score_run(
         raise UserError(f"tokens={tokens}: has to be at least 1")
     device = start_ranks()
     grid = build_grid(expert=config.parallel.expert, device=device)
+    config = replace(config, trainable=TrainableSection())  # what trains is what the scores are to tell
     plan = plan_model(config, grid)
     data = build_data(config.data, load_tokenizer(config, plan), seed=config.run.seed)
     if data.train is None:
         raise UserError("data.train is empty: give the task's training data, by which its experts are scored")
     model = build_model(config, plan, grid).eval()
-    if config.data.packing:
+    if config.data.packing is True:
         check_packing(model.config)
     routing = Routing(model, config.moe, grid)
     rows = _rows_for(data.train, tokens)
