@@ -8,6 +8,7 @@ gradients are compared once more in float64, and that figure decides. Exit statu
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import warnings
@@ -32,6 +33,8 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
+    # The same for the ranks, which import anew.
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "DS_ACCELERATOR": "cpu"}
 
     wanted = [pair for pair in experts_classes() if not args.families or pair[0] in args.families]
     results: list[Result] = []
