@@ -24,6 +24,7 @@ VERBS = {
     "ckpt": "list and verify checkpoints",
     "doctor": "check this machine and the installation",
     "esft": "train only the experts that a task uses: score, select, adapter, merge",
+    "nexus": "make one mixture of dense experts: embed, upcycle, extend, remove",
 }
 
 HELP = """\

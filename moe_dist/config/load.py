@@ -6,15 +6,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from moe_dist.config.checks import check_paths, validate
+from moe_dist.config.checks import check_bounds, check_paths, validate
 from moe_dist.config.expert_files import read_expert_config
 from moe_dist.config.keys import check_known
 from moe_dist.config.plain_yaml import MAX_BYTES, parse
 from moe_dist.config.references import resolve
 from moe_dist.config.schema import RunConfig, TrainableSection
 from moe_dist.errors import UserError
+
+Schema = TypeVar("Schema")
 
 
 def load(path: str | os.PathLike, overrides: Sequence[str] = (), *, paths: bool = True) -> RunConfig:
@@ -86,24 +88,43 @@ def build(
     return config
 
 
+def load_schema(path: str | os.PathLike, overrides: Sequence[str], schema: type[Schema]) -> Schema:
+    """A configuration of another kind than a run's: a dataclass of sections, which may use those of a run.
+
+    Types, unknown keys, references and bounds are checked; what relates keys to each other is the caller's.
+    """
+    origin = os.fspath(path)
+    tree = read_mapping(path)
+    _normalise(tree)
+    check_known(tree, origin=origin, schema=schema)
+    whole = _over(asdict(schema()), tree)
+    for override in overrides:
+        _apply(whole, override)
+        _normalise(whole)
+        check_known(whole, origin=f"override {override!r}", schema=schema)
+    config = _typed(resolve(whole, origin=origin), origin, schema)
+    check_bounds(config)
+    return config
+
+
 def _take_experts(section: TrainableSection) -> None:
     found = read_expert_config(section.experts_file)
     section.experts, section.experts_file = found.experts, None
     section.shared_experts, section.non_expert_modules = found.shared_experts, found.non_expert_modules
 
 
-def _typed(tree: dict[str, Any], origin: str) -> RunConfig:
+def _typed(tree: dict[str, Any], origin: str, schema: type[Schema] = RunConfig) -> Schema:
     """Convert plain values to the types of the schema ("3" for an int is 3; "x" for an int is an error)."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), tree))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), tree))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         reason = str(error).splitlines()[0]
         raise UserError(f"{origin}: {key + ': ' if key else ''}{reason}") from None
-    assert isinstance(config, RunConfig)
+    assert isinstance(config, schema)
     return config
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from moe_dist.models.nexus import modeling_nexus  # noqa: F401 - makes Nexus models known to transformers
 from moe_dist.models.nexus.configuration_nexus import CONFIGS
 from tests.models.tiny import VOCAB, randomise
 

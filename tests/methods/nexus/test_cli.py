@@ -1,0 +1,82 @@
+"""The Nexus verbs as a user calls them, one after the other, and what they say to mistakes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moe_dist.config.load import load
+from moe_dist.errors import EXIT_OK, EXIT_USER, UserError
+from moe_dist.methods.nexus.config import load_config
+from tests.cli.test_verbs import verbs
+from tests.methods.nexus.text import TOKENS, seed_folder, write_text
+from tests.methods.nexus.tiny import dense_folder
+
+SHIPPED = Path(__file__).parents[3] / "configs" / "nexus"
+OLD = ("code", "prose", "sums")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    write_text(folder)
+    seed_folder("llama", folder / "seed")
+    for number, name in enumerate((*OLD, "new"), start=1):
+        dense_folder("llama", folder / name, seed=number, vocab_size=TOKENS)
+    for file, names in (("nexus.yaml", OLD), ("new.yaml", ("new",))):
+        tree = {
+            "nexus": {"seed": "./seed", "experts": {name: f"./{name}" for name in names}, "documents": 6},
+            "data": {
+                "train": {name: {"path": f"{name}.jsonl"} for name in names},
+                "seq_len": 16,
+                "cache_dir": "cache",
+            },
+        }
+        (folder / file).write_text(yaml.safe_dump(tree))
+    return folder
+
+
+def test_from_dense_models_to_a_served_one(folder):
+    codes, said, errors = verbs(
+        folder,
+        ["nexus", "embed", "nexus.yaml", "--out", "old.safetensors"],
+        ["nexus", "upcycle", "nexus.yaml", "up", "nexus.domains=old.safetensors"],
+        ["nexus", "embed", "new.yaml", "--out", "new.safetensors", "nexus.same_space_as=old.safetensors"],
+        ["nexus", "extend", "new.yaml", "more", "nexus.model=./up", "nexus.domains=new.safetensors"],
+        ["nexus", "remove", "more", "prose", "fewer"],
+        ["nexus", "export", "more", "served"],
+        # The same again, and mistakes: nothing is written.
+        ["nexus", "upcycle", "nexus.yaml", "up", "nexus.domains=old.safetensors"],
+        ["nexus", "upcycle", "nexus.yaml", "bad1", "nexus.domain=old.safetensors"],
+        ["nexus", "upcycle", "nexus.yaml", "bad2", "nexus.experts.code=./nowhere"],
+        ["nexus", "embed", "new.yaml", "--out", "bad3"],
+        ["nexus", "remove", "more", "law", "bad4"],
+        ["nexus", "grow"],
+    )
+    assert codes == [EXIT_OK] * 6 + [EXIT_USER] * 6, errors
+    for part in (
+        "embedder seed:sampled:", "copy of expert code: model.layers.{l}.mlp.up_proj.weight",
+        "measured: each block is MLP_seed(x)", "router row of new: length over that of the others 1.00",
+        "share of new (its own domain) before any step", "remove prose", "export as qwen2_moe", "wrote served",
+    ):  # fmt: skip
+        assert part in said, part
+    for part in (
+        "up already exists and is not empty", "did you mean nexus.domains?", "nexus.experts.code=./nowhere: no such",
+        "name at least two domains", "has no expert 'law'; it has code, prose, sums, new", "unknown verb",
+    ):  # fmt: skip
+        assert part in errors, part
+    assert not list(folder.glob("bad*"))
+    assert not list(folder.glob(".building*"))
+
+
+def test_the_shipped_configurations_are_right():
+    with pytest.raises(UserError, match=r"nexus\.seed=\./models/seed: no such folder"):
+        load_config(SHIPPED / "nexus.yaml")
+    hub = [f"nexus.experts.{name}=owner/{name}" for name in ("python_code", "docstrings", "prose")]
+    config = load_config(SHIPPED / "nexus.yaml", ["nexus.seed=owner/seed", *hub])
+    assert list(config.nexus.experts) == [source.name for source in config.data.train]
+    train = load(SHIPPED / "train.yaml", ["model.path=owner/upcycled"])
+    assert (train.moe.balance_loss, train.moe.balance_coef) == ("layer_global", 0.05)
+    assert (train.train.lr, train.train.min_lr_ratio) == (1e-3, 0.3)
