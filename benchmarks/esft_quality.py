@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import _harness, _quality_figures
+from benchmarks import _harness, _quality_figures, _quality_tables
 from benchmarks._quality_figures import job_file
 from benchmarks._quality_runs import ARMS, LORA_RANKS, Experiment, Settings
 from benchmarks._quality_text import Domain, load_domains
@@ -90,9 +90,11 @@ def main(argv: list[str] | None = None) -> int:
     made_by = " ".join(["python -m benchmarks.esft_quality", *(sys.argv[1:] if argv is None else argv)])
     print(f"`{made_by}` on {_harness.device()}; {used}\n")
     print(f"Task: {task}. The base learned {', '.join(experiment.general)}. Losses are nats per byte.")
+    if options.smoke:
+        print("\n**A short run: its figures mean nothing.**")
     if left:
         print(f"\n**{left} trainings or more are left; the same command goes on.**")
-    print(_quality_figures.render(results))
+    print(_quality_tables.render(results))
     if options.json:
         rows = [row | {"made_by": f"{made_by}; {used}"} for row in _quality_figures.rows(results)]
         options.json.write_text(json.dumps(rows, indent=1) + "\n")

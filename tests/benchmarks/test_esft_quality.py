@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import _quality_figures as figures
+from benchmarks import _quality_tables as tables
 from benchmarks import esft_quality
 from benchmarks._quality_runs import ARMS, Experiment, as_batch, forward, lora_model
 from benchmarks._quality_text import load_domains, spaced
@@ -160,6 +161,8 @@ def test_figures_by_hand(tmp_path):
     write_json(tmp_path / "identity.json", {"task": "t"})
     for seed in (0, 1):
         base = {"losses": {"search": 9.0, "t": 4.0, "a": 1.0, "b": 2.0}}
+        base |= {"experts_to_cover": dict.fromkeys(("0.2", "0.4", "0.6"), 1)}
+        base |= dict.fromkeys(("overlap_same", "overlap_cross", "overlap_task"), 1)
         write_json(figures.job_file(tmp_path, seed, "base", settings.base_rate), base)
         for arm, task, general in (("token_0.2", 3.0 + seed, 1.6), ("full", 2.0, 2.0 + seed)):
             for rate in settings.rates:
@@ -173,6 +176,10 @@ def test_figures_by_hand(tmp_path):
     assert figures.paired(found, "token_0.2", "full", "general") == pytest.approx([-0.4, -1.4])
     # To a task loss of 3 ESFT comes with 1.6; the other was halfway from 1.5 to 2.0. Seed 1 gains nothing.
     assert figures.paired(found, "token_0.2", "full", "equal") == pytest.approx([1.6 - 1.75])
+    shown = tables.render(found)
+    assert f"| {ARMS['full']} | **2.000 / 2.000** | 2.000 / 2.000 | 1.750 |" in shown
+    assert f"| {ARMS['token_0.2']} | **3.000 / 1.600** | 3.000 / 1.600 | 1.600 |" in shown
+    assert "Claims" not in shown  # two seeds say nothing
     assert figures.spread([1.0, 2.0]) == pytest.approx((1.5, 0.5**0.5))
     figures.job_file(tmp_path, 0, "full", 0.2).unlink()
     assert figures.best_rate(tmp_path, settings, "full") is None
