@@ -28,7 +28,8 @@ def windows(record: RunRecord) -> list[Window]:
         counts = entry.get("counts")
         if isinstance(counts, dict) and isinstance(entry.get("steps"), int):
             counts = {layer: numbers(counts[layer]) for layer in by_layer(counts)}
-            found[entry["step"]] = Window(entry["step"], entry["steps"], {k: v for k, v in counts.items() if any(v)})
+            used = {layer: slots for layer, slots in counts.items() if _are_counts(slots)}
+            found[entry["step"]] = Window(entry["step"], entry["steps"], used)
     return [found[step] for step in sorted(found) if found[step].counts]
 
 
@@ -99,6 +100,10 @@ def routing_plots(record: RunRecord) -> list[Plot]:
             )
         )
     return plots
+
+
+def _are_counts(slots: list) -> bool:
+    return any(slots) and all(isinstance(count, int) and count >= 0 for count in slots)
 
 
 def _filled(values: list[float], length: int) -> list[float | None]:

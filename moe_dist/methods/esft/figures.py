@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from moe_dist.config.expert_files import Summary
@@ -27,8 +27,8 @@ def selection_plots(tasks: Mapping[str, Summary], choice: Choice, *, kind: str) 
         coverage(scores[first], of=f"{kind} score, {names[0]}"),
     ]
     if len(tasks) > 1:
-        top = next((int(s.extra["top_k"]) for s in tasks.values() if "top_k" in s.extra), TOP)
-        plots.append(task_overlap(dict(zip(names, scores.values(), strict=True)), top=top))
+        chosen = [summary.extra.get("top_k") for summary in tasks.values()]
+        plots.append(task_overlap(dict(zip(names, scores.values(), strict=True)), top=compared(chosen)))
     return plots
 
 
@@ -75,6 +75,11 @@ def task_overlap(scores: Mapping[str, Scores], *, top: int) -> Plot:
         meaning=f"Two tasks that share all of them have {top}, as each has with itself; two that use different "
         "experts have 0, so that what one trains leaves the other alone.",
     )
+
+
+def compared(experts_per_token: Iterable[object]) -> int:
+    """How many of the highest experts tasks are compared by: as many as a token gets, by the first that knows it."""
+    return next((k for k in experts_per_token if type(k) is int and k > 0), TOP)
 
 
 def short_names(paths: Sequence[str]) -> list[str]:

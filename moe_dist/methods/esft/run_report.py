@@ -9,7 +9,7 @@ from pathlib import Path
 from moe_dist.config.expert_files import KINDS, Summary, read_summary
 from moe_dist.config.strict_json import read_json
 from moe_dist.errors import UserError
-from moe_dist.methods.esft.figures import TOP, coverage, experts_per_layer, short_names, task_overlap
+from moe_dist.methods.esft.figures import compared, coverage, experts_per_layer, short_names, task_overlap
 from moe_dist.report.page import Section
 from moe_dist.report.plots import Plot
 from moe_dist.report.record import RunRecord, by_layer, number
@@ -42,11 +42,11 @@ def section(record: RunRecord, *, compare: Sequence[str | Path] = ()) -> Section
         if others:
             names = [record.name, *short_names(list(others))]
             tasks = [scores, *(other.of_kind(kind, where=path) for path, other in others.items())]
-            top = number(own.extra.get("top_k")) or number(record.setting("model", "config", "num_experts_per_tok"))
+            top = compared([own.extra.get("top_k"), record.setting("model", "config", "num_experts_per_tok")])
             if names[0] in names[1:]:
                 names[0] += " (this run)"
             named = dict(zip(names, tasks, strict=True))
-            plots.append(task_overlap(named, top=int(top or TOP)))
+            plots.append(task_overlap(named, top=top))
         else:
             missing.append("Overlap between tasks: give the summary.json of others with --compare.")
     return Section("Experts", plots, _selections(record, missing), missing)
@@ -57,9 +57,9 @@ def _selected(record: RunRecord) -> tuple[list[Plot], list[str]]:
     counts = {}
     for layer in by_layer(layers) if isinstance(layers, dict) else []:
         row = layers[layer] if isinstance(layers[layer], dict) else {}
-        trained, experts = number(row.get("experts_trained")), number(row.get("experts"))
-        if trained is not None and experts:
-            counts[layer] = (int(trained), int(experts))
+        trained, experts = row.get("experts_trained"), row.get("experts")
+        if type(trained) is type(experts) is int and experts > 0:
+            counts[layer] = (trained, experts)
     if not counts:
         return [], ["The run has not said which experts train."]
     if all(trained == experts for trained, experts in counts.values()):
