@@ -42,6 +42,9 @@ class NexusSection:
     linear_extend: str = key(
         "append", "extend: the new row of a linear router.", choices=("reset", "append", "centroid")
     )
+    renorm_new: bool = key(
+        False, "extend: a paper router's new row is made as long as the old ones are on average, and stays so."
+    )
     init_seed: int = key(0, "Seed of the router's random weights.", low=0)
 
 

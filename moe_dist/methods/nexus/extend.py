@@ -86,7 +86,8 @@ def remove(model: str | Path, expert: str, out: str | Path, *, shard_bytes: int 
             parts.append(Part(key, entry, f"rows of the model, without {expert}", make=rows))
         else:
             parts.append(mean_of(key, key, (opened,)))
-    changed = _reconfigured(opened.config, [name for name in names if name != expert])
+    stretched = [new for new, old in kept.items() if old in opened.config.renormalised]
+    changed = _reconfigured(opened.config, [name for name in names if name != expert], stretched)
     return _write(Change(f"remove {expert}", opened, (), changed, tuple(parts), kept), out, shard_bytes)
 
 
@@ -117,6 +118,10 @@ def _plan(config: NexusConfig) -> Change:
     if name in names:
         raise UserError(f"{nexus.model} has an expert {name} already; give the new domain another name")
     check_can_join(new, model)
+    if nexus.renorm_new and model.config.router != "paper":
+        raise UserError(
+            f"nexus.renorm_new=true: is for the paper router; {nexus.model} has a {model.config.router} one"
+        )
     domain = _domain(config, model, name)
     share, count = merge_share(config, model.config), model.config.num_experts
     parts, merged = [], []
@@ -134,7 +139,8 @@ def _plan(config: NexusConfig) -> Change:
         mlp = mlp_part(key)
         if mlp is not None:
             parts.append(mean_of(f"{mlp[0]}.experts.{count}.{mlp[1]}.weight", key, (new,)))
-    changed = _reconfigured(model.config, [*names, name])
+    stretched = [*model.config.renormalised, *([count] if nexus.renorm_new else [])]
+    changed = _reconfigured(model.config, [*names, name], stretched)
     kept = {number: number for number in range(count)}
     redrawn = model.config.router == "linear" and nexus.linear_extend == "reset"
     what = f"extend by {name}"
@@ -203,6 +209,6 @@ def _blended(model: ModelFolder, new: ModelFolder, key: str, share: float) -> to
     return blend(model.read(key), new.read(key), share)
 
 
-def _reconfigured(config: PreTrainedConfig, names: list[str]) -> PreTrainedConfig:
+def _reconfigured(config: PreTrainedConfig, names: list[str], renormalised: list[int]) -> PreTrainedConfig:
     values = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
-    return type(config)(**{**values, "num_experts": len(names), "expert_names": names})
+    return type(config)(**{**values, "num_experts": len(names), "expert_names": names, "renormalised": renormalised})

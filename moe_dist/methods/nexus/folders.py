@@ -18,7 +18,10 @@ from moe_dist.models.nexus.configuration_nexus import CONFIGS, MODEL_TYPES
 from moe_dist.models.skeleton import read_config
 
 # What may differ between the configurations of models that fit together.
-FREE_KEYS = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache", "attention_dropout")
+FREE_KEYS = (
+    "_name_or_path", "architectures", "dtype", "transformers_version", "use_cache", "attention_dropout",
+    "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$")
 _MLP = re.compile(r"^(model\.layers\.(\d+)\.mlp)\.(gate_proj|up_proj|down_proj)\.weight$")
 
@@ -118,6 +121,9 @@ def check_can_join(new: ModelFolder, model: ModelFolder) -> None:
     if differing:
         shown = ", ".join(f"{key} ({theirs[key]} and {mine.get(key)})" for key in differing[:6])
         raise UserError(f"{what}: different configurations: {shown}")
+    lacking = sorted(key for key in model.tensors if ".mlp." not in key and key not in new.tensors)
+    if lacking:
+        raise UserError(f"{what}: it has no {lacking[0]}")
     for key, info in new.tensors.items():
         mlp = mlp_part(key)
         place = key if mlp is None else f"{mlp[0]}.experts.0.{mlp[1]}.weight"

@@ -87,7 +87,7 @@ def random(key: str, entry: Entry, std: float, seed: int) -> Callable[[], torch.
     def make() -> torch.Tensor:
         digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        return (std * torch.randn(entry.shape, generator=generator)).to(entry.dtype)
+        return torch.randn(entry.shape, generator=generator).mul_(std).to(entry.dtype)
 
     return make
 

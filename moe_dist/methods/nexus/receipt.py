@@ -137,12 +137,14 @@ def _change_checks(change: Change, files: WeightFiles) -> Iterator[Check]:
     x_TH = torch.randn(TOKENS, config.hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)
     mlp = _Mlp(config.hidden_act, x_TH)
     rows, experts, added = 0.0, 0.0, 0.0
+    # A row that is stretched to the mean length of the others follows them.
+    fixed = {new: number for new, number in change.kept.items() if number not in old.config.renormalised}
     for layer in range(config.num_hidden_layers):
         path = f"model.layers.{layer}.mlp"
         with torch.no_grad():
             before = router_of(old.files, f"{path}.gate", old.config).rows()
             after = router_of(files, f"{path}.gate", config).rows()
-        rows = max(rows, _distance(after[list(change.kept)], before[list(change.kept.values())]))
+        rows = max(rows, _distance(after[list(fixed)], before[list(fixed.values())]))
         for new, number in change.kept.items():
             written, expected = mlp(files.read, f"{path}.experts.{new}"), mlp(old.read, f"{path}.experts.{number}")
             experts = max(experts, _distance(written, expected))

@@ -18,6 +18,7 @@ class NexusFields:
     norm_topk_prob: their weights are divided by their sum (else raw probabilities of the softmax over all experts).
     use_shared_expert: every token also goes through an expert of its own, in which a seed model's MLP lives on.
     router: see `router_nexus`. domain_dim: length m of a domain embedding (paper, prototype).
+    renormalised: ids of experts whose rows are made as long as the others are on average (paper).
     router_aux_loss_coef: the coefficient of the load-balance loss that the method asks for.
     expert_names: of the routed experts, in order. domain_space: which embedding space the domain embeddings live in
     (embedder, dimension, documents, fingerprint); an expert can only be added from the same.
@@ -29,6 +30,7 @@ class NexusFields:
     use_shared_expert: bool = True
     router: str = "prototype"
     domain_dim: int | None = None
+    renormalised: list[int] = field(default_factory=list)
     router_aux_loss_coef: float = 0.05
     expert_names: list[str] = field(default_factory=list)
     domain_space: dict | None = None
@@ -49,6 +51,9 @@ class NexusFields:
                 f"domain_dim={self.domain_dim}: a prototype is a point among the router's inputs, "
                 f"which have {self.hidden_size} dimensions"
             )
+        strange = [expert for expert in self.renormalised if not 0 <= expert < self.num_experts]
+        if self.renormalised and (self.router != "paper" or strange or len(self.renormalised) == self.num_experts):
+            raise ValueError(f"renormalised={self.renormalised}: ids of some of the experts of a paper router")
         if self.expert_names and len(self.expert_names) != self.num_experts:
             raise ValueError(f"expert_names: {len(self.expert_names)} names for {self.num_experts} experts")
         if getattr(self, "mlp_bias", False):

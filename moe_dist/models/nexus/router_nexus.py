@@ -97,7 +97,11 @@ class LinearRouter(NexusRouter):
 
 
 class PaperRouter(NexusRouter):
-    """e_i = W2 · SwiGLU(W1 · d_i), no biases. The number of parameters, 2H·m + H·H, does not depend on the experts."""
+    """e_i = W2 · SwiGLU(W1 · d_i), no biases. The number of parameters, 2H·m + H·H, does not depend on the experts.
+
+    Rows of the experts in `renormalised` are stretched to the mean length of the others: a projection that was fitted
+    without a domain makes its row short, and an expert with a short row gets no tokens.
+    """
 
     def __init__(self, config):
         super().__init__(config)
@@ -105,12 +109,19 @@ class PaperRouter(NexusRouter):
         self.w1 = nn.Parameter(torch.zeros(2 * hidden, dim))
         self.w2 = nn.Parameter(torch.zeros(hidden, hidden))
         self.register_buffer("domain_embeddings", torch.zeros(config.num_experts, dim))
+        self.renormalised = tuple(config.renormalised)
 
     def fold(self) -> torch.Tensor:
         w1, w2 = self.wide(self.w1), self.wide(self.w2)
         # One domain after the other: a matrix product over all of them may round otherwise when one is added, and a
         # row must not depend on which other experts there are.
-        return torch.stack([self.row(d_M.to(w1.dtype), w1, w2) for d_M in self.domain_embeddings])
+        rows = [self.row(d_M.to(w1.dtype), w1, w2) for d_M in self.domain_embeddings]
+        if self.renormalised:
+            kept = [row_H for expert, row_H in enumerate(rows) if expert not in self.renormalised]
+            length = torch.stack(kept).norm(dim=1).mean()
+            for expert in self.renormalised:
+                rows[expert] = length * F.normalize(rows[expert], dim=0)
+        return torch.stack(rows)
 
     def row(self, d_M: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
         gate_H, up_H = torch.mv(w1, d_M).chunk(2)

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 
 from moe_dist.config.schema import DataSection, Source
 from moe_dist.errors import UserError
@@ -13,10 +14,10 @@ from moe_dist.methods.nexus.config import NexusConfig, NexusSection
 from moe_dist.methods.nexus.domain_file import read_domains
 from moe_dist.methods.nexus.domains import embed
 from moe_dist.methods.nexus.extend import extend, remove
-from moe_dist.methods.nexus.preview import preview
+from moe_dist.methods.nexus.preview import Preview, preview
 from moe_dist.methods.nexus.upcycle import upcycle
 from moe_dist.models import load_model
-from tests.methods.nexus.text import TOKENS, seed_folder, tokenizer, write_text
+from tests.methods.nexus.text import TOKENS, documents, seed_folder, tokenizer, write_text
 from tests.methods.nexus.tiny import DENSE, dense_folder
 from tests.models.compare import file_tensors, same_bits
 
@@ -158,6 +159,25 @@ def test_forms_of_a_linear_router_s_new_row(made, tmp_path):
     assert not torch.equal(found["append"][3], found["centroid"][3])
 
 
+def test_a_paper_router_s_new_row_can_be_as_long_as_the_old_ones(made, tmp_path):
+    folder, _ = made(router="paper")
+    config = _extension(folder, renorm_new=True)
+    extend(config, tmp_path / "out")
+    extend(_extension(folder), tmp_path / "plain")
+    for new, plain in zip(*(load_model(tmp_path / name).model.layers for name in ("out", "plain")), strict=True):
+        with torch.no_grad():
+            rows, short = new.mlp.gate.rows(), plain.mlp.gate.rows()
+        assert torch.equal(rows[:3], short[:3])
+        assert rows[3].norm().item() == pytest.approx(rows[:3].norm(dim=1).mean().item(), rel=1e-5)
+        assert torch.cosine_similarity(rows[3], short[3], dim=0) > 0.999999
+    assert preview(tmp_path / "out", config).norm_ratio == pytest.approx([1.0, 1.0], rel=1e-5)
+    assert load_model(tmp_path / "out").config.renormalised == [3]
+    remove(tmp_path / "out", "code", tmp_path / "fewer")
+    assert load_model(tmp_path / "fewer").config.renormalised == [2]
+    with pytest.raises(UserError, match="is for the paper router"):
+        extend(_extension(made()[0], renorm_new=True), tmp_path / "other")
+
+
 def test_experts_one_by_one_get_equal_weight(made, tmp_path):
     """φ_moe is the mean of three; two more with λ = 1/4 and then 1/5 leave 1/5 to each."""
     folder, files = made()
@@ -191,11 +211,37 @@ def test_preview_says_what_the_new_expert_gets(made, tmp_path):
     assert sum(seen.shares["new"]) > sum(seen.shares["code"])
     assert "share of new (its own domain)" in seen.render()
     assert seen.warning is None
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.mlp.gate.domain_embeddings[3] = -layer.mlp.gate.domain_embeddings[:3].mean(0)
-            layer.mlp.gate.domain_embeddings[3] -= 3 * layer.mlp.gate.domain_embeddings[3]
     assert "not known" in preview(tmp_path / "out", _extension(folder)).render()
+
+
+def test_shares_are_counts_of_tokens(made, tmp_path):
+    folder, files = made()
+    config = _extension(folder, files, ("new", "sums"))
+    tokenizer().save_pretrained(folder / "model")
+    extend(config, tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    encode = tokenizer()
+    for domain, shares in preview(tmp_path / "out", config).shares.items():
+        chosen: list = [[], []]
+        hooks = [
+            layer.mlp.gate.register_forward_hook(lambda _, __, out, ids=ids: ids.append(out[2]))
+            for layer, ids in zip(model.model.layers, chosen, strict=True)
+        ]
+        for text in documents(domain):
+            with torch.no_grad():
+                model(torch.tensor([[*encode(text)["input_ids"], encode.eos_token_id][:16]]))
+        for hook in hooks:
+            hook.remove()
+        counted = [(torch.cat(ids) == 3).double().mean().item() for ids in chosen]
+        assert shares == pytest.approx(counted, abs=1e-9)
+        assert sum(shares) > 0 or domain == "sums"
+
+
+def test_an_expert_that_will_get_nothing_is_warned_of():
+    assert Preview("new", [1.0], [0.1], {"new": [0.02, 0.01], "old": [0.0, 0.0]}).warning is None
+    starved = Preview("new", [0.3], [0.8], {"new": [0.004, 0.0], "old": [0.5, 0.5]})
+    assert "new gets 0.20% of its own domain's tokens" in starved.render()
+    assert "moe.balance_coef above 0" in starved.render()
 
 
 def test_what_cannot_be_extended(made, tmp_path):

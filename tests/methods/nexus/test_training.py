@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
+from moe_dist.models import load_model
+from moe_dist.train.finished import export_run
 from tests.methods.nexus.text import TOKENS, tokenizer, write_text
 from tests.methods.nexus.tiny import nexus_folder
 from tests.parity import distributed, plain
@@ -45,7 +45,8 @@ def test_parity_with_a_plain_process(ranks, tmp_path, router, cell, experts):
     compare(cell, ranks(cell.world, distributed.train, cell, folder, timeout=120), plain.train(cell, folder))
 
 
-def test_a_run_tells_what_each_domain_s_tokens_get(ranks, tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_tells_what_each_domain_s_tokens_get(ranks, tmp_path, precision):
     files = write_text(tmp_path)
     nexus_folder("llama", tmp_path / "model", vocab_size=TOKENS, num_experts=3, expert_names=["code", "prose", "sums"])
     tokenizer().save_pretrained(tmp_path / "model")
@@ -55,7 +56,7 @@ def test_a_run_tells_what_each_domain_s_tokens_get(ranks, tmp_path):
         tmp_path / "run",
         "model",
         data={"train": {"code": {**domains["code"], "weight": 3.0}, "sums": domains["sums"]}, "eval": domains},
-        train={"eval_every": 3},
+        train={"eval_every": 3, "precision": precision},
         moe={"balance_loss": "layer_global", "balance_coef": 0.05},
         parallel={"expert": 2},
     )
@@ -69,5 +70,14 @@ def test_a_run_tells_what_each_domain_s_tokens_get(ranks, tmp_path):
             for counts in figures["experts"].values():
                 assert len(counts) == 3
                 assert sum(counts) > figures["tokens"]  # every real token, the first of a document too
-    ran = json.loads(json.dumps(lines[-1]["domains"]))
-    assert torch.tensor([ran[name]["experts"]["0"] for name in ran]).unique(dim=0).shape[0] == 3
+    last = lines[-1]["domains"]
+    assert torch.tensor([last[name]["experts"]["0"] for name in last]).unique(dim=0).shape[0] == 3
+    # What comes out is a Nexus model again: the same domains, and trained weights.
+    export_run(tmp_path / "run", tmp_path / "trained")
+    before, after = load_model(tmp_path / "model"), load_model(tmp_path / "trained")
+    assert after.config.expert_names == ["code", "prose", "sums"]
+    for old, new in zip(before.model.layers, after.model.layers, strict=True):
+        for (name, buffer), trained in zip(old.mlp.gate.named_buffers(), new.mlp.gate.buffers(), strict=True):
+            assert torch.equal(buffer, trained), name
+        for (name, weight), trained in zip(old.mlp.gate.named_parameters(), new.mlp.gate.parameters(), strict=True):
+            assert not torch.equal(weight, trained), name
