@@ -49,7 +49,7 @@ class _GroupedMLP(torch.autograd.Function):
         x_RH = x_RH.contiguous()
         # One span's result is the result; those of several are written side by side.
         y_RH = x_RH.new_empty(len(x_RH), tensors[1].shape[1]) if len(counts) > 1 else None
-        saved, start = [], 0
+        saved_x, saved_z, start = [], [], 0
         for i, span_counts in enumerate(counts):
             span = Span(*tensors[4 * i : 4 * i + 4], span_counts)
             rows = slice(start, start + sum(span_counts))
@@ -60,8 +60,9 @@ class _GroupedMLP(torch.autograd.Function):
             done_RH, z_RF = _backend(x_RH, span, activation).forward(
                 x_RH[rows], span, activation, keep_z=backward and not recompute, out=out
             )
-            saved += [x_RH[rows] if trains or (backward and recompute) else None, z_RF]
-        ctx.save_for_backward(*saved, *tensors)
+            saved_x.append(x_RH[rows] if trains or (backward and recompute) else None)
+            saved_z.append(z_RF)
+        ctx.save_for_backward(*_apart(saved_x, x_RH), *saved_z, *tensors)
         ctx.counts, ctx.activation = counts, activation
         return done_RH if y_RH is None else y_RH
 
@@ -84,7 +85,7 @@ class _GroupedMLP(torch.autograd.Function):
             if not any(needs):
                 grads += [None] * 4
                 continue
-            x_RH, z_RF = saved[2 * i : 2 * i + 2]
+            x_RH, z_RF = saved[i], saved[count + i]
             done_RH, *span_grads = _backend(grad_y_RH, span, ctx.activation).backward(
                 grad_y_RH[rows], x_RH, z_RF, span, ctx.activation, needs, out=grad_x_RH[rows] if several else None
             )
@@ -92,3 +93,10 @@ class _GroupedMLP(torch.autograd.Function):
                 grad_x_RH = done_RH
             grads += span_grads
         return grad_x_RH, None, None, None, *grads
+
+
+def _apart(parts: list[torch.Tensor | None], whole_RH: torch.Tensor) -> list[torch.Tensor | None]:
+    """The parts of `whole_RH`, copied where they are its smaller half: a view would keep all of it in memory."""
+    if 2 * sum(len(part) for part in parts if part is not None) > len(whole_RH):
+        return parts
+    return [None if part is None else part.clone() for part in parts]

@@ -177,6 +177,22 @@ def test_what_the_backward_keeps():
     assert kept(Case(train=(2,), frozen=(5,), rows_need_grad=False)) == {(2, HIDDEN), (2, inner)}
 
 
+def test_rows_of_frozen_experts_are_not_kept_by_what_is_kept():
+    """A view of the trainable experts' rows would hold on to the memory of all rows."""
+    for train, rows in ((2, 2), (4, 7)):  # more than half: sharing the memory of all is less than a copy beside it
+        x, spans, _ = problem(Case(train=(train,), frozen=(7 - train,)))
+        kept_bytes = set()
+
+        def pack(tensor, kept_bytes=kept_bytes):
+            if tensor.shape[1:] == (HIDDEN,):
+                kept_bytes.add(tensor.untyped_storage().nbytes())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            grouped_mlp(x, spans, activation=swiglu)
+        assert kept_bytes == {rows * HIDDEN * x.element_size()}
+
+
 def test_recompute_changes_no_bit():
     results = []
     for recompute in (False, True):
