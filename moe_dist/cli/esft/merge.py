@@ -35,9 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if environment.apply(local_rank=args.local_rank).world_size > 1:
         raise UserError("esft merge needs one plain process: start it without a launcher")
-    from moe_dist.methods.esft.merge import merge
+    from moe_dist.methods.esft.merge import merge_adapters
     from moe_dist.models.loading import resolve_folder
 
-    folder = merge(args.adapters, args.out, base=resolve_folder(args.base), overlap=args.overlap)
+    folder = merge_adapters(args.adapters, args.out, base=resolve_folder(args.base), overlap=args.overlap)
     print(f"wrote the base model with {', '.join(args.adapters)} in it to {folder}")
     return EXIT_OK

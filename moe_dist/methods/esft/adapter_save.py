@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def save_adapter(
     selection: Mapping[str, Any] | None = None,
     full_tensor: FullTensor | None = None,
 ) -> Path:
-    """Write what trains in `model` (from `load_model`, or after `apply`) as an adapter. Collective under a grid.
+    """Write what trains in `model` (from `load_model`) as an adapter. Collective under a grid.
 
     folder: new or empty. Tensors keep the dtype that they have in the model. tokenizer: else the base model's files
     are taken. selection: how the experts were chosen, for the manifest. full_tensor: as in `export_model`.
@@ -46,39 +46,59 @@ def save_adapter(
     """
     layers = moe_layers(model)
     if not layers:
-        raise UserError("save_adapter expects a model from load_model or after apply: this one has no experts of ours")
-    chosen = {str(layer_index(name)): sorted(layer.placement.trainable) for name, layer in layers}
-    names = AdapterNames.of(model)
-    contents = Contents({index: ids for index, ids in chosen.items() if ids}, trained_dense(model, names))
+        raise UserError("save_adapter expects a model from load_model: this one has no experts of ours")
+    return write_model(
+        model,
+        Path(folder),
+        AdapterNames.of(model),
+        {str(layer_index(name)): sorted(layer.placement.trainable) for name, layer in layers},
+        full_tensor=full_tensor or (lambda parameter: parameter),
+        base=find_base(model),
+        tokenizer=tokenizer,
+        record={"selection": None if selection is None else dict(selection)},
+    )
+
+
+def write_model(
+    model: PreTrainedModel,
+    folder: Path,
+    names: AdapterNames,
+    experts: Mapping[str, Sequence[int]],
+    *,
+    full_tensor: FullTensor,
+    **options: Any,
+) -> Path:
+    """`write_adapter` with what trains in a model with our layers. experts: all of them, in the order to be noted."""
+    layers = moe_layers(model)
+    grid = layers[0][1].grid
+    contents = Contents({index: list(ids) for index, ids in experts.items() if ids}, trained_dense(model, names))
     ours = model.state_dict(keep_vars=True)
     spans = [(layer.origin, layer.trainable) for _, layer in layers if layer.trainable is not None]
     dtypes = {origin.stock_name(name): p.dtype for origin, span in spans for name, p in span.named_parameters()}
-    whole = full_tensor or (lambda parameter: parameter)
 
-    grid = layers[0][1].grid
+    def whole(tensor: torch.Tensor) -> torch.Tensor:
+        return (full_tensor(tensor) if isinstance(tensor, nn.Parameter) else tensor).detach()
 
     def pieces() -> Iterator[list[Piece]]:
         for group in names.dense_groups(contents.dense):
-            tensors = {name: _whole(ours[our_name(name, names.descriptions)], whole) for name in group.names()}
+            tensors = {name: whole(ours[our_name(name, names.descriptions)]) for name in group.names()}
             yield list(names.plan.convert(group, tensors, names.skeleton).items()) if grid.rank == 0 else []
         for origin, span in spans:
             for parameter_name, parameter in span.named_parameters():
-                stacked = _whole(parameter, whole)
+                stacked = whole(parameter)
                 for seat, expert in enumerate(span.seat_ids):
                     if expert is not None and grid.expert_data_rank == 0:
                         tensor = ExpertTensor(origin.stock_name(parameter_name), expert)
                         yield names.split(tensor, origin.turn(stacked[seat]))
 
     return write_adapter(
-        Path(folder),
+        folder,
         names,
         contents,
         pieces(),
         grid=grid,
         dtype_of=lambda name: dtypes.get(name) or ours[our_name(name, names.descriptions)].dtype,
-        base=find_base(model),
-        tokenizer=tokenizer,
-        record={"selection": None if selection is None else dict(selection)},
+        **options,
     )
 
 
@@ -201,8 +221,3 @@ def _publish(partial: Path, folder: Path) -> None:
         os.replace(file, folder / file.name)
     partial.rmdir()
     sync_folder(folder)
-
-
-def _whole(tensor: torch.Tensor, full_tensor: FullTensor) -> torch.Tensor:
-    made = full_tensor(tensor) if isinstance(tensor, nn.Parameter) else tensor
-    return made.detach()

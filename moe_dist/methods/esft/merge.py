@@ -26,7 +26,9 @@ from moe_dist.models.skeleton import read_config
 Patch = tuple[str, torch.Tensor, int | None]  # key on disk, values, row of the tensor's dimension 0
 
 
-def merge(adapters: Sequence[str | Path], out: str | Path, *, base: str | Path, overlap: str = "error") -> Path:
+def merge_adapters(
+    adapters: Sequence[str | Path], out: str | Path, *, base: str | Path, overlap: str = "error"
+) -> Path:
     """Write `base` with the experts of `adapters` in it as a Hugging Face folder. One process.
 
     out: new or empty. Weights have the base's dtypes; configuration, generation configuration and tokenizer are the

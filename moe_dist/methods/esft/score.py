@@ -14,7 +14,9 @@ from moe_dist.config.expert_files import Summary
 from moe_dist.errors import UserError
 from moe_dist.methods.esft.counting import ExpertCounter, sum_over_ranks
 from moe_dist.methods.esft.router_logs import find_router_logs, read_router_log
+from moe_dist.models.families import find_experts, unknown_family
 from moe_dist.models.surgery import moe_layers
+from moe_dist.moe.layer import MoEExperts
 from moe_dist.parallel.grid import Grid
 from moe_dist.train.trainable import layer_index
 
@@ -22,7 +24,7 @@ COUNT_TOKENS = ("no_pad", "labels_only")
 
 
 class RoutingScores:
-    """Listens to the routing of a model with our experts.
+    """Listens to the routing of a model, whether its experts are ours or transformers' own.
 
     with RoutingScores(model, grid) as listener:
         for batch in batches:
@@ -41,23 +43,35 @@ class RoutingScores:
         self.counters: dict[str, ExpertCounter] = {}
         self._recorders = []
         self._mask_BL: torch.Tensor | None = None
-        for name, layer in moe_layers(model):
+        layers = moe_layers(model)
+        for name, module in layers or find_experts(model):
             index = str(layer_index(name))
             if index in self.counters:
                 raise UserError(
                     f"two MoE layers of this model have the index {index}; their scores cannot be told apart"
                 )
-            counter = self.counters[index] = ExpertCounter(layer.spec.num_experts, device=self.grid.device)
-            self._recorders.append((layer, self._recorder(counter)))
+            count = module.spec.num_experts if layers else module.num_experts
+            counter = self.counters[index] = ExpertCounter(count, device=self.grid.device)
+            self._recorders.append((module, self._recorder(counter)))
+        if not self.counters:
+            raise unknown_family(getattr(model.config, "model_type", None))
+        self._hooks = []
 
     def __enter__(self) -> RoutingScores:
-        for layer, record in self._recorders:
-            layer.recorders.append(record)
+        for module, record in self._recorders:
+            if isinstance(module, MoEExperts):
+                module.recorders.append(record)
+            else:
+                self._hooks.append(module.register_forward_pre_hook(lambda _, given, record=record: record(*given[1:])))
         return self
 
     def __exit__(self, *_) -> None:
-        for layer, record in self._recorders:
-            layer.recorders.remove(record)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for module, record in self._recorders:
+            if isinstance(module, MoEExperts):
+                module.recorders.remove(record)
 
     def see(self, batch: Mapping[str, torch.Tensor]) -> None:
         """Tell which tokens of the coming forward count: needs `attention_mask` `[B,L]`, or `labels` for them."""

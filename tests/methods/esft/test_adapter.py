@@ -16,7 +16,7 @@ from moe_dist.errors import UserError
 from moe_dist.methods.esft.adapter_folder import MANIFEST
 from moe_dist.methods.esft.adapter_load import load_adapter, swap_adapter, unload_adapter
 from moe_dist.methods.esft.adapter_save import save_adapter
-from moe_dist.methods.esft.merge import merge
+from moe_dist.methods.esft.merge import merge_adapters
 from moe_dist.models import export_model, load_model
 from moe_dist.parallel.grid import build_grid
 from tests.methods.esft.adapters import logits, snapshot, trained
@@ -69,7 +69,7 @@ def test_there_and_back_to_the_bit(tiny, tmp_path, family, dtype):
         assert torch.equal(logits(base), before)
         same_bits(snapshot(base), weights)
 
-    merged = merge([adapter], tmp_path / "merged", base=folder)
+    merged = merge_adapters([adapter], tmp_path / "merged", base=folder)
     same_bits(file_tensors(merged), file_tensors(exported))
     assert sorted(f.name for f in merged.iterdir()) == sorted(f.name for f in folder.iterdir())
     for file in folder.iterdir():
@@ -91,7 +91,7 @@ def test_two_adapters_in_any_order(tiny, tmp_path):
     with_a = logits(model)
     load_adapter(model, b)
     with_both = logits(model)
-    merge([a, b], tmp_path / "merged", base=folder)
+    merge_adapters([a, b], tmp_path / "merged", base=folder)
     assert torch.equal(with_both, logits(plain(tmp_path / "merged")))
     unload_adapter(model, a)  # not the last one loaded
     unload_adapter(model, b)
@@ -112,7 +112,7 @@ def test_two_adapters_in_any_order(tiny, tmp_path):
 
     # The last one wins, and gives back what it has covered.
     load_adapter(model, both, overlap="last")
-    merge([a, both], tmp_path / "last", base=folder, overlap="last")
+    merge_adapters([a, both], tmp_path / "last", base=folder, overlap="last")
     assert torch.equal(logits(model), logits(plain(tmp_path / "last")))
     load_adapter(model, b, overlap="last")  # shares layer 1 expert 6 with the second
     unload_adapter(model, both)
@@ -121,7 +121,7 @@ def test_two_adapters_in_any_order(tiny, tmp_path):
     unload_adapter(model, a)
     same_bits(snapshot(model), weights)
     with pytest.raises(UserError, match="both hold layer 0 expert 1, and"):
-        merge([a, both], tmp_path / "never", base=folder)
+        merge_adapters([a, both], tmp_path / "never", base=folder)
     assert not list(tmp_path.glob("*never*"))
     with pytest.raises(UserError, match="overlap='mean'"):
         load_adapter(model, a, overlap="mean")
@@ -157,12 +157,12 @@ def test_the_base_may_lie_in_another_layout(tiny, tmp_path):
     """Sharded, or stacked as transformers has it in memory: the adapter is the same, and merging keeps the layout."""
     adapter = save_adapter(trained(tiny("qwen3_moe"), EXPERTS), tmp_path / "adapter")
     (adapter / MANIFEST).unlink()  # another layout is another fingerprint
-    want = logits(plain(merge([adapter], tmp_path / "merged", base=tiny("qwen3_moe"))))
+    want = logits(plain(merge_adapters([adapter], tmp_path / "merged", base=tiny("qwen3_moe"))))
     model = plain(tiny("qwen3_moe"))
     model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     model.save_pretrained(tmp_path / "fused", save_original_format=False)
     for name in ("sharded", "fused"):
-        out = merge([adapter], tmp_path / f"{name}-merged", base=tmp_path / name)
+        out = merge_adapters([adapter], tmp_path / f"{name}-merged", base=tmp_path / name)
         assert torch.equal(logits(plain(out)), want)
         assert sorted(f.name for f in out.iterdir()) == sorted(f.name for f in (tmp_path / name).iterdir())
         again = save_adapter(trained(tmp_path / name, EXPERTS), tmp_path / f"{name}-adapter")
@@ -189,7 +189,7 @@ def test_other_groups_of_parameters(tiny, tmp_path):
         unload_adapter(base, adapter)
         same_bits(snapshot(base), weights)
         export_model(model, tmp_path / f"{family}-exported")
-        merge([adapter], tmp_path / f"{family}-merged", base=folder)
+        merge_adapters([adapter], tmp_path / f"{family}-merged", base=folder)
         same_bits(file_tensors(tmp_path / f"{family}-merged"), file_tensors(tmp_path / f"{family}-exported"))
         write_expert_config(adapter / "expert_cfg.json", ExpertConfig(config.experts))
         (adapter / MANIFEST).unlink()
@@ -256,7 +256,7 @@ def test_another_base_is_refused(tiny, tmp_path):
             load_adapter(model, adapter)
         same_bits(snapshot(model), weights)
     with pytest.raises(UserError, match="made for another base model"):
-        merge([adapter], tmp_path / "merged", base=tmp_path / "other")
+        merge_adapters([adapter], tmp_path / "merged", base=tmp_path / "other")
     assert not list(tmp_path.glob("*merged*"))
     # A copy under another name is the same model; a model that nobody loaded from a folder says nothing.
     load_adapter(load_model(shutil.copytree(folder, tmp_path / "copy")), adapter)
@@ -297,7 +297,7 @@ def test_damage_is_found_before_anything_is_used(tiny, tmp_path):
         with pytest.raises(UserError, match=message):
             load_adapter(model, adapter)
         with pytest.raises(UserError, match=message):
-            merge([adapter], tmp_path / "merged", base=folder)
+            merge_adapters([adapter], tmp_path / "merged", base=folder)
     same_bits(snapshot(model), before)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["spoilt", "whole"]
 
@@ -308,7 +308,7 @@ def test_nothing_is_written_over(tiny, tmp_path):
     adapter = save_adapter(model, tmp_path / "adapter")
     for write in (
         lambda: save_adapter(model, adapter),
-        lambda: merge([adapter], adapter, base=folder),
+        lambda: merge_adapters([adapter], adapter, base=folder),
     ):
         with pytest.raises(UserError, match="not empty"):
             write()
