@@ -24,7 +24,7 @@ from moe_dist.errors import UserError
 @dataclass
 class Stage:
     name: str | None = key(None, "Name of the stage; unique in the recipe.")
-    verb: str | None = key(None, "A verb of moe-dist; or give module or script.")
+    verb: str | None = key(None, "A verb of moe-dist, as train or esft score; or give module or script.")
     module: str | None = key(None, "A Python module to run (python -m).")
     script: str | None = key(None, "A Python file to run.")
     config: str | None = key(None, "First argument of the verb: a config file, relative to the recipe.")

@@ -29,7 +29,7 @@ EXIT_FILE = "MOE_DIST_EXIT_FILE"
 def command(stage: Stage, *, port: int = 0) -> list[str]:
     """The command line of a stage, with the interpreter that runs this. port: for the launcher; 0 = its default."""
     if stage.verb is not None:
-        target, is_module = ["moe_dist", stage.verb], True
+        target, is_module = ["moe_dist", *stage.verb.split()], True  # "esft score" is two words
     elif stage.module is not None:
         target, is_module = [stage.module], True
     else:

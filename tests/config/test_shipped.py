@@ -67,3 +67,21 @@ def test_the_papers_recipe_can_be_looked_at_without_network_or_weights(tmp_path)
     # And without one, nothing: it is not the whole model that trains then.
     with pytest.raises(UserError, match=r"nothing would train.*trainable\.experts_file"):
         describe(build(tree, [f"model.path={model['path']}"]), 2)
+
+
+def test_the_stages_of_the_esft_quickstart_fit_together():
+    recipe = load_recipe(CONFIGS / "esft" / "quickstart.yaml")
+    by_name = {stage.name: stage for stage in recipe.stages}
+    for stage in recipe.stages:
+        if stage.config is not None:
+            config = load(stage.config, stage.overrides, paths=False)
+            if stage.verb != "eval":  # alone, it holds all experts whatever the configuration says
+                check_layout(config, stage.ranks)
+    task = load(by_name["train"].config, by_name["train"].overrides, paths=False)
+    assert task.checkpoint.keep_best
+    assert task.model.path in by_name["base-model"].args
+    assert task.trainable.experts_file in by_name["select"].args
+    assert not task.trainable.non_expert_modules
+    # The task's text is none of the base's.
+    base = load(by_name["base"].config, by_name["base"].overrides)
+    assert not {source.corpus for source in task.data.train} & {source.corpus for source in base.data.train}
