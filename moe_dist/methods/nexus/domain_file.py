@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch.nn import functional as F
 
 from moe_dist.errors import UserError
 
@@ -55,6 +56,15 @@ class Domains:
     @property
     def dim(self) -> int:
         return self.embeddings_NM.shape[1]
+
+    @property
+    def directions_NM(self) -> torch.Tensor:
+        """The embeddings at length one, as the paper router takes them.
+
+        How far a domain lies from the centre is a matter of the embedder's scale, and P_r is nearly quadratic: a domain
+        twice as far would get a row four times as long, and with it the others' tokens.
+        """
+        return F.normalize(self.embeddings_NM, dim=1)
 
     @property
     def space(self) -> dict:

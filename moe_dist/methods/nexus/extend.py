@@ -178,7 +178,7 @@ def _longer(key: str, model: ModelFolder, domain: Domains | None, config: NexusC
     std, seed = model.config.initializer_range, config.nexus.init_seed
     if model.config.router != "linear":
         row = domain.names.index(name)
-        source = domain.embeddings_NM if model.config.router == "paper" else domain.prototypes_LNH[layer]
+        source = domain.directions_NM if model.config.router == "paper" else domain.prototypes_LNH[layer]
         said = f"rows of the model, then the embedding of {name}"
         return Part(key, entry, said, make=partial(_append, model, key, source[row]))
     how = config.nexus.linear_extend

@@ -171,7 +171,7 @@ def _statistics(name: str, layer: int, config: PreTrainedConfig, domains: Domain
     if name == "domain_embeddings" and config.router == "prototype":
         return lambda: domains.prototypes_LNH[layer]
     if name == "domain_embeddings":
-        return lambda: domains.embeddings_NM
+        return lambda: domains.directions_NM
     if name == "input_mean":
         return lambda: domains.inputs.mean_LH[layer]
     assert name == "input_length", name

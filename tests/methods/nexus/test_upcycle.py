@@ -158,7 +158,11 @@ def test_paper_router_takes_the_embeddings(tmp_path):
     domains = _domains()
     rows = [domains.names.index(name) for name in NAMES]
     for layer in model.model.layers:
-        assert torch.equal(layer.mlp.gate.domain_embeddings, domains.embeddings_NM[rows])
+        found = layer.mlp.gate.domain_embeddings
+        assert torch.allclose(
+            found * domains.embeddings_NM[rows].norm(dim=1, keepdim=True), domains.embeddings_NM[rows]
+        )
+        assert torch.allclose(found.norm(dim=1), torch.ones(3))
         assert layer.mlp.gate.w1.shape == (64, 7)
 
 
