@@ -79,7 +79,8 @@ def build_skeleton(
             getattr(config, name).dtype = dtype
     cls = cls or model_class(config)
     with ExitStack() as contexts:
-        # What from_pretrained builds under: meta device, default dtype, tensors not tied yet.
-        for context in cls.get_init_context(dtype, False, False, None):
+        # What from_pretrained builds under: meta device, default dtype, tensors not tied yet. Where a Trainer's
+        # settings ask for ZeRO 3, it would partition instead: hence the True, and the device once more.
+        for context in (*cls.get_init_context(dtype, False, True, None), torch.device("meta")):
             contexts.enter_context(context)
         return cls(config)

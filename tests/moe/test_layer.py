@@ -207,3 +207,28 @@ def test_recompute_and_frozen_experts_keep_less():
 
     assert measure(range(4), True) < 0.5 * measure(range(4), False)
     assert measure([], False) < measure(range(4), False)
+
+
+def test_masters_in_fp32_beside_frozen_bf16_experts():
+    """They compute as their rounded values do, and get those values' gradient in fp32; autocast changes nothing."""
+    torch.manual_seed(0)
+    spec, place = ExpertSpec(5, HIDDEN, WIDTH), contiguous(5, ranks=1, trainable=[1, 3])
+    wide, narrow = (MoEExperts(spec, place, Grid.single(), dtype=torch.bfloat16) for _ in range(2))
+    for (_, ours, _), (_, theirs, _) in zip(wide.expert_parameters(), narrow.expert_parameters(), strict=True):
+        value = torch.randn(ours.shape)
+        ours.data, theirs.data = (value if ours.requires_grad else value.bfloat16()), value.bfloat16()
+    ids_TK = torch.stack([torch.randperm(5)[:TOP_K] for _ in range(12)])
+    x_TH, probs_TK = torch.randn(12, HIDDEN).bfloat16(), torch.rand(12, TOP_K)
+    out = {}
+    for layer in (wide, narrow):
+        y_TH = layer(x_TH, ids_TK, probs_TK)
+        y_TH.float().square().sum().backward()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            again = layer(x_TH.float(), ids_TK, probs_TK)
+        assert again.dtype == torch.float32
+        assert torch.equal(again.bfloat16(), y_TH)
+        out[layer] = y_TH
+    assert torch.equal(out[wide], out[narrow])
+    for name, parameter in wide.trainable.named_parameters():
+        assert parameter.grad.dtype == torch.float32
+        assert torch.equal(parameter.grad, narrow.trainable.get_parameter(name).grad.float())

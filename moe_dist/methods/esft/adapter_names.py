@@ -182,7 +182,10 @@ def expert_views(model: PreTrainedModel) -> dict[ExpertTensor, torch.Tensor]:
 
 def check_whole(name: str, parameter: torch.nn.Parameter) -> None:
     if hasattr(parameter, "ds_id") and not parameter.numel() == parameter.ds_numel:
-        raise UserError(f"{name} is partitioned by ZeRO 3: no process holds it whole")
+        raise UserError(
+            f"{name} is partitioned by ZeRO 3, so that no process holds it whole. Load the model, score and apply a "
+            "selection before the TrainingArguments with ZeRO 3 are made; the engine partitions it afterwards"
+        )
 
 
 def _one_by_one(layout: ExpertTensorLayout) -> ExpertTensorLayout:
