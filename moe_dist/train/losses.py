@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 IGNORE = -100
+_BLOCK = 1 << 21  # logits in float32 at a time: 8 MB, which caches hold
 
 
 def label_loss_sum(logits_BLV: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
@@ -19,8 +20,40 @@ def label_loss_sum(logits_BLV: torch.Tensor, labels_BL: torch.Tensor) -> torch.T
     labels_BL are aligned with the inputs, as transformers has them: the logits at position l predict the label at
     l + 1; `IGNORE` (−100) marks what is not learned.
     """
-    targets_BL = next_labels(labels_BL)
-    return F.cross_entropy(logits_BLV.flatten(0, 1).float(), targets_BL.flatten(), ignore_index=IGNORE, reduction="sum")
+    return _LabelLossSum.apply(logits_BLV.flatten(0, 1), next_labels(labels_BL).flatten())
+
+
+class _LabelLossSum(torch.autograd.Function):
+    """Cross-entropy a block of rows at a time. What is kept are the logits as they are, in their own dtype, and one
+    number a row; torch's would keep them again in float32, and the logarithms of the probabilities, and give back
+    gradients in float32: several times the largest tensor of many a model."""
+
+    @staticmethod
+    def forward(ctx, logits_NV, targets_N):
+        lse_N = torch.cat([logits_NV[rows].float().logsumexp(dim=1) for rows in _blocks(logits_NV)])
+        picked_N = logits_NV.gather(1, targets_N.clamp(min=0).unsqueeze(1)).squeeze(1).float()
+        ctx.save_for_backward(logits_NV, targets_N, lse_N)
+        return torch.where(targets_N == IGNORE, 0.0, lse_N - picked_N).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        """d/dlogits = (softmax − one-hot) · grad for label tokens, zero for the others."""
+        logits_NV, targets_N, lse_N = ctx.saved_tensors
+        grad_NV = torch.empty_like(logits_NV)
+        for rows in _blocks(logits_NV):
+            targets = targets_N[rows].unsqueeze(1)
+            block = (logits_NV[rows].float() - lse_N[rows].unsqueeze(1)).exp_()
+            block.scatter_add_(1, targets.clamp(min=0), block.new_full(targets.shape, -1.0))
+            grad_NV[rows] = block.mul_(grad).masked_fill_(targets == IGNORE, 0.0)
+        return grad_NV, None
+
+
+def _blocks(logits_NV: torch.Tensor) -> list[slice]:
+    """Blocks of rows; one even where there are none."""
+    count, size = logits_NV.shape
+    step = max(_BLOCK // size, 1)
+    return [slice(start, start + step) for start in range(0, max(count, 1), step)]
 
 
 def count_labels(labels_BL: torch.Tensor) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from torch.nn import functional as F
 
-from moe_dist.train.losses import IGNORE, count_labels, label_loss_sum
+from moe_dist.train import losses
+from moe_dist.train.losses import IGNORE, count_labels, label_loss_sum, next_labels
 
 
 def test_equals_transformers_loss_times_its_tokens():
@@ -34,3 +37,42 @@ def test_bf16_logits_are_summed_in_float32():
     loss = label_loss_sum(logits, labels)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), label_loss_sum(logits.double(), labels).double(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("block", [1, 40, 1 << 21])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_equals_torchs_whatever_the_block(monkeypatch, dtype, block):
+    """Blocks of one row, of some with a rest, and all at once; rows that are ignored may hold anything."""
+    monkeypatch.setattr(losses, "_BLOCK", block)
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(2, 9, 11)).to(dtype).requires_grad_()
+    wide = logits.detach().double().requires_grad_()
+    labels = torch.randint(0, 11, (2, 9))
+    labels[0, 3:6] = IGNORE
+    with torch.no_grad():
+        logits[0, 3] = float("inf")
+    before = logits.detach().clone()
+    loss = label_loss_sum(logits, labels)
+    (0.37 * loss).backward()
+    assert torch.equal(logits, before)
+    expected = F.cross_entropy(wide.flatten(0, 1), next_labels(labels).flatten(), ignore_index=IGNORE, reduction="sum")
+    (0.37 * expected).backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    rounding = {torch.float32: 1e-7, torch.bfloat16: 2e-3}[dtype]
+    torch.testing.assert_close(logits.grad.double(), wide.grad, rtol=2 * rounding, atol=rounding)
+    assert not logits.grad[0, 3].any()
+    assert not logits.grad[:, -1].any()
+
+
+def test_no_rows():
+    logits = torch.randn(0, 4, 5, requires_grad=True)
+    label_loss_sum(logits, torch.zeros(0, 4, dtype=torch.long)).backward()
+    assert logits.grad.shape == logits.shape
+
+
+def test_keeps_the_logits_once():
+    logits = torch.randn(4, 65, 50, dtype=torch.bfloat16, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.nbytes), lambda kept: kept):
+        label_loss_sum(logits, torch.randint(0, 50, (4, 65)))
+    assert sum(kept) == logits.nbytes + 4 * 65 * (8 + 4)
