@@ -13,6 +13,7 @@
 
 #include "experts.h"
 #include "permute.h"
+#include "recycled.h"
 #include "swiglu.h"
 
 namespace {
@@ -213,6 +214,8 @@ bool has_cuda() {
 STABLE_TORCH_LIBRARY(moe_dist, library) {
   library.def("instruction_set() -> str");
   library.def("has_cuda() -> bool");
+  library.def("recycled(int bytes) -> Tensor");
+  library.def("recycled_bytes() -> (int, int, int)");
   library.def(
       "row_map(Tensor ids, int num_experts, int expected_rows, Tensor(a!) counts, Tensor(b!) row_of_slot, "
       "Tensor(c!) slot_of_row, Tensor(d!) status) -> ()");
@@ -232,6 +235,8 @@ STABLE_TORCH_LIBRARY(moe_dist, library) {
 STABLE_TORCH_LIBRARY_IMPL(moe_dist, CompositeExplicitAutograd, library) {
   library.impl("instruction_set", TORCH_BOX(&instruction_set));
   library.impl("has_cuda", TORCH_BOX(&has_cuda));
+  library.impl("recycled", TORCH_BOX(&moe_dist::cpu::recycled));
+  library.impl("recycled_bytes", TORCH_BOX(&moe_dist::cpu::recycled_bytes));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moe_dist, CPU, library) {

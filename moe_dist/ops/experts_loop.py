@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_dist.ops.memory import empty
 from moe_dist.ops.swiglu import swiglu, swiglu_backward, swiglu_forward
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -107,8 +108,8 @@ def prepare_forward(
     x_RH: torch.Tensor, span: Span, *, keep_z: bool, out: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Memory for y, unless it is there, and for z if it is to be kept."""
-    out = x_RH.new_empty(len(x_RH), span.w_out.shape[1]) if out is None else out
-    return out, x_RH.new_empty(len(x_RH), span.w_in.shape[1]) if keep_z else None
+    out = empty(x_RH, len(x_RH), span.w_out.shape[1]) if out is None else out
+    return out, empty(x_RH, len(x_RH), span.w_in.shape[1]) if keep_z else None
 
 
 def prepare_backward(
@@ -116,9 +117,9 @@ def prepare_backward(
 ) -> list[torch.Tensor | None]:
     """Memory for the gradients that are needed, with zeros for the seats that have no rows."""
     if needs[0] and out is None:
-        out = grad_RH.new_empty(len(grad_RH), span.w_in.shape[2])
+        out = empty(grad_RH, len(grad_RH), span.w_in.shape[2])
     grads = [
-        tensor.new_empty(tensor.shape) if needed else None
+        empty(tensor, *tensor.shape) if needed else None
         for tensor, needed in zip(span.tensors(), needs[1:], strict=True)
     ]
     idle = [seat for seat in range(len(span.w_in)) if seat >= len(span.counts) or not span.counts[seat]]

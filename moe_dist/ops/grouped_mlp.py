@@ -15,6 +15,7 @@ import torch
 
 from moe_dist.ops import experts_grouped, experts_loop, experts_native
 from moe_dist.ops.experts_loop import Activation, Span
+from moe_dist.ops.memory import empty
 from moe_dist.ops.swiglu import swiglu
 
 __all__ = ["Activation", "Span", "grouped_mlp", "swiglu"]
@@ -48,7 +49,7 @@ class _GroupedMLP(torch.autograd.Function):
     def forward(ctx, x_RH, counts, activation, recompute, *tensors):
         x_RH = x_RH.contiguous()
         # One span's result is the result; those of several are written side by side.
-        y_RH = x_RH.new_empty(len(x_RH), tensors[1].shape[1]) if len(counts) > 1 else None
+        y_RH = empty(x_RH, len(x_RH), tensors[1].shape[1]) if len(counts) > 1 else None
         saved_x, saved_z, start = [], [], 0
         for i, span_counts in enumerate(counts):
             span = Span(*tensors[4 * i : 4 * i + 4], span_counts)
@@ -75,7 +76,7 @@ class _GroupedMLP(torch.autograd.Function):
         saved, tensors = kept[: 2 * count], kept[2 * count :]
         needs_rows = ctx.needs_input_grad[0]
         several = needs_rows and count > 1
-        grad_x_RH = grad_y_RH.new_empty(len(grad_y_RH), tensors[0].shape[2]) if several else None
+        grad_x_RH = empty(grad_y_RH, len(grad_y_RH), tensors[0].shape[2]) if several else None
         grads, start = [], 0
         for i, span_counts in enumerate(ctx.counts):
             span = Span(*tensors[4 * i : 4 * i + 4], span_counts)

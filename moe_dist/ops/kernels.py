@@ -5,6 +5,8 @@ The same functions with the same arguments; only where the library is loaded (`n
 
 import torch
 
+from moe_dist.ops import memory
+
 
 def row_map(ids_TK, num_experts, num_rows=None):
     device, num_slots = ids_TK.device, ids_TK.numel()
@@ -28,21 +30,21 @@ def row_map(ids_TK, num_experts, num_rows=None):
 
 def permute(x_TH, plan, *, out=None):
     if out is None:
-        out = x_TH.new_empty(plan.num_rows, x_TH.shape[1])
+        out = memory.empty(x_TH, plan.num_rows, x_TH.shape[1])
     torch.ops.moe_dist.permute(_dense_columns(x_TH), plan.row_of_slot_TK, out)
     return out
 
 
 def unpermute(rows_NH, plan, probs_TK=None, *, out=None):
     if out is None:
-        out = rows_NH.new_empty(plan.row_of_slot_TK.shape[0], rows_NH.shape[1])
+        out = memory.empty(rows_NH, plan.row_of_slot_TK.shape[0], rows_NH.shape[1])
     torch.ops.moe_dist.unpermute(_dense_columns(rows_NH), plan.row_of_slot_TK, _fp32(probs_TK), out)
     return out
 
 
 def unpermute_backward(dy_TH, plan, *, probs_TK=None, rows_NH=None, out=None, out_probs=None):
     if out is None:
-        out = dy_TH.new_empty(plan.num_rows, dy_TH.shape[1])
+        out = memory.empty(dy_TH, plan.num_rows, dy_TH.shape[1])
     if rows_NH is not None:
         rows_NH = _dense_columns(rows_NH)
         if out_probs is None:
