@@ -8,7 +8,7 @@ import torch
 from benchmarks import _measure, esft_step
 from benchmarks._esft_arms import Task
 from moe_dist.config.expert_files import ExpertConfig
-from moe_dist.ops import native
+from moe_dist.ops import memory, native
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +61,9 @@ def test_allocated_bytes():
     peak, left = _measure.allocated(step)
     assert left == 1 << 18  # x.grad
     assert 2 << 18 <= peak < 3 << 18  # 2x beside 6x, and scalars
+
+
+def test_allocated_bytes_of_our_own_memory_count_too():
+    x = torch.ones(4)
+    peak, left = _measure.allocated(lambda: memory.empty(x, 1 << 20).zero_())
+    assert (peak, left) == (1 << 22, 0)
