@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -15,15 +17,18 @@ from tests.models.tiny import CONFIGS
 STEPS, RATE, EXPERTS = 100, 1e-5, {"0": [0, 1, 2, 3, 4, 5, 6], "1": [2, 5]}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> str:
-    """Weights as transformers initialises them, N(0, 0.02), which is what those of trained models look like."""
+def initialised(path: Path) -> str:
+    """A model with weights as transformers initialises them, N(0, 0.02): those of trained models look like that."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model("qwen3_moe", **CONFIGS["qwen3_moe"])
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    path = tmp_path_factory.mktemp("precision") / "model"
     model.save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    return initialised(tmp_path_factory.mktemp("precision") / "model")
 
 
 def masters(engine) -> dict:
