@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from moe_dist.errors import UserError
 from moe_dist.models.families import ExpertsDescription, find_experts
 from moe_dist.models.surgery import moe_layers, swap
 from moe_dist.moe.experts import ExpertSpan
@@ -28,7 +30,8 @@ def replace_experts(model: PreTrainedModel, trainable: Mapping[str, Iterable[int
         layer.train(source.training)
         for span in layer.spans():
             _fill(span, layer.origin, source, trains=span is layer.trainable)
-        layer.register_forward_pre_hook(_known_to_zero_3)
+        block = model.get_submodule(path.rpartition(".")[0])
+        layer.register_forward_pre_hook(partial(_known_to_zero_3, block))
 
 
 def _fill(span: ExpertSpan, description: ExpertsDescription, source: nn.Module, *, trains: bool) -> None:
@@ -47,9 +50,16 @@ def _rows(stacked: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:
     return stacked if list(ids) == list(range(len(stacked))) else stacked[list(ids)]
 
 
-def _known_to_zero_3(layer: MoEExperts, _: tuple) -> None:
+def _known_to_zero_3(block: nn.Module, layer: MoEExperts, _: tuple) -> None:
     """ZeRO 3 gathers a module's own parameters before its forward. Ours lie in the spans, whose forward is never
     called, so the layer has to name them. Only an engine knows that it partitions, hence at the first forward."""
     for _, parameter, _ in layer.expert_parameters():
         if hasattr(parameter, "ds_id") and id(parameter) not in getattr(layer, "_external_params", {}):
-            sys.modules["deepspeed"].zero.register_external_parameter(layer, parameter)
+            deepspeed = sys.modules["deepspeed"]
+            if deepspeed.utils.z3_leaf_module(block):
+                raise UserError(
+                    f"DeepSpeed takes each {type(block).__name__} as one unit and would free weights that its backward "
+                    'needs, where the input of the lowest one has no gradient. Set "zero_optimization": '
+                    '{"leaf_module": {"classes": []}, ...} in the DeepSpeed configuration'
+                )
+            deepspeed.zero.register_external_parameter(layer, parameter)

@@ -35,8 +35,8 @@ def _zero(stage: int, *, bf16: bool) -> dict:
     }
 
 
-def _train(folder, out, stage: int, bf16: bool, resume: bool) -> tuple[list[float], set[str]]:
-    """On each rank: the losses, and the names of what trains."""
+def _train(folder, out, stage: int, bf16: bool, resume: bool, without: tuple = ()) -> tuple:
+    """On each rank: the losses, and the names of what trains. without: settings that are left out."""
     import_deepspeed(build_grid())
     from accelerate.state import AcceleratorState, PartialState
 
@@ -45,7 +45,10 @@ def _train(folder, out, stage: int, bf16: bool, resume: bool) -> tuple[list[floa
         dtype = torch.bfloat16 if bf16 else torch.float32
         model = plain(folder, dtype=dtype)
         settings = {"bf16": bf16, "per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 2}
-        options = arguments(out / "run", deepspeed=_zero(stage, bf16=bf16), weight_decay=0.0, **settings)
+        zero = _zero(stage, bf16=bf16)
+        for key in without:
+            del zero["zero_optimization"][key]
+        options = arguments(out / "run", deepspeed=zero, weight_decay=0.0, **settings)
         esft.apply_selection(model, choice(model))
         if stage == 3:
             # Loaded now, the ranks would share it out while they read it.
@@ -98,6 +101,23 @@ def test_two_ranks_are_one(ranks, tiny, tmp_path, stage, bf16):
         assert [seen for seen, _ in again] == [seen for seen, _ in results]
         for name, tensor in file_tensors(tmp_path / "resumed").items():
             assert torch.equal(tensor, got[name]), name
+
+
+def _train_without(folder, out, setting: str) -> str:
+    try:
+        _train(folder, out, 3, False, False, (setting,))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_what_zero_3_needs_is_said(ranks, tiny, tmp_path):
+    for said in ranks(2, _train_without, tiny("qwen3_moe"), tmp_path, "leaf_module", timeout=120):
+        assert 'Set "zero_optimization": {"leaf_module": {"classes": []}' in said
+    # Without gathering there is no adapter, and training goes on.
+    setting = "stage3_gather_16bit_weights_on_model_save"
+    assert ranks(2, _train_without, tiny("qwen3_moe"), tmp_path, setting, timeout=120) == ["", ""]
+    assert not (tmp_path / "adapter" / "expert_cfg.json").exists()
 
 
 def _apply_another(folder) -> str:
