@@ -116,6 +116,7 @@ def _search(results: Results) -> str:
 
 def _claims(results: Results) -> str:
     """Claims of the paper whose direction can be tested here, each with what came out."""
+    equal = "at equal task loss, at the rates that the search took (not in the paper)"
     asked = [
         ("ESFT forgets less than full fine-tuning", "token_0.2", "full", "general"),
         ("ESFT forgets less than LoRA", "token_0.2", "lora", "general"),
@@ -129,9 +130,9 @@ def _claims(results: Results) -> str:
         ("ESFT forgets less than shared experts alone (Table 3)", "token_0.2", "shared", "general"),
         ("shared experts alone forget less than full fine-tuning (Table 3)", "shared", "full", "general"),
         ("a larger p gains more on the task", "token_0.4", "token_0.2", "task"),
-        ("ESFT forgets less than full fine-tuning at equal task loss (not in the paper)", "token_0.2", "full", "equal"),
-        ("ESFT forgets less than LoRA at equal task loss (not in the paper)", "token_0.2", "lora", "equal"),
-        ("ESFT forgets less than random experts at equal task loss (not in the paper)", "token_0.2", "random", "equal"),
+        (f"ESFT forgets less than full fine-tuning {equal}", "token_0.2", "full", "equal"),
+        (f"ESFT forgets less than LoRA {equal}", "token_0.2", "lora", "equal"),
+        (f"ESFT forgets less than random experts {equal}", "token_0.2", "random", "equal"),
     ]
     lines = []
     for claim, better, worse, what in asked:

@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--work", type=Path, default=WORK, metavar="FOLDER", help=f"finished trainings ({WORK})")
     parser.add_argument("--minutes", type=float, default=5.0, help="how long trainings may run (5)")
-    parser.add_argument("--full", action="store_true", help="all trainings in one go: about 35 minutes on one core")
+    parser.add_argument("--full", action="store_true", help="all trainings in one go: about 30 minutes on one core")
     parser.add_argument("--smoke", action="store_true", help="everything in seconds, on a model that learns nothing")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)  # products this small gain nothing by a second core
