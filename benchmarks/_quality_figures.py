@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks import _harness
 from benchmarks._quality_runs import ARMS, COVERED, Settings
+from benchmarks._quality_training import spread
 from moe_dist.config.strict_json import read_json
 
 PEERS = {
@@ -84,11 +85,6 @@ def general_at(curve: Sequence[tuple[float, float]], task_loss: float) -> float 
         if task_b <= task_loss < task_a:
             return general_a + (general_b - general_a) * (task_a - task_loss) / (task_a - task_b)
     return None
-
-
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation over seeds (of the sample; nan for one)."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def pairs(results: Results) -> list[tuple[str, str]]:

@@ -8,28 +8,23 @@ which is loaded from the same folder and goes through the same engine.
 from __future__ import annotations
 
 import itertools
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from benchmarks._quality_text import Domain, spaced, windows
+from benchmarks._quality_text import Domain, spaced
+from benchmarks._quality_training import as_batch, drawn, forward, losses_on, train
 from moe_dist.config.expert_files import Summary, read_summary, write_summary
 from moe_dist.config.schema import ModelSection, MoeSection, RunConfig, TrainableSection
-from moe_dist.data.attention import model_inputs
 from moe_dist.methods.esft.score import RoutingScores
 from moe_dist.methods.esft.selection import choose, overlap
 from moe_dist.models import export_model
 from moe_dist.parallel.grid import Grid
 from moe_dist.train.build import build_model, plan_model
-from moe_dist.train.engine import build_engine
-from moe_dist.train.evaluate import held_out
-from moe_dist.train.losses import count_labels, label_loss_sum
-from moe_dist.train.routing import Routing
 from moe_dist.train.schedule import learning_rate
 
 ARMS = {
@@ -148,7 +143,9 @@ class Experiment:
             section = self.trainable(seed, arm)
             model = self._model(ModelSection(path=str(self.base_folder(seed))), trainable=section)
         rows = self._rows([self.task], seed=seed, purpose="task")
-        run = self._train(model, rows, steps=self.settings.steps, rate=lambda step: rate, measured_at=True)
+        run = self._train(
+            model, rows, steps=self.settings.steps, rate=lambda step: rate, measured_at=self.settings.measured_at
+        )
         return run | {"parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
     def trainable(self, seed: int, arm: str) -> TrainableSection:
@@ -177,35 +174,23 @@ class Experiment:
         steps: int,
         rate: Callable[[int], float],
         moe: MoeSection | None = None,
-        measured_at: bool = False,
+        measured_at: Sequence[int] = (),
     ) -> dict:
-        grid, moe = Grid.single(), moe or MoeSection()
-        engine = build_engine(model, grid, backend="plain", weight_decay=self.settings.weight_decay, clip_norm=1.0)
-        routing = Routing(model, moe, grid)
-        trace, seconds = {}, 0.0
-        for step, rows_BL in enumerate(itertools.islice(rows, steps)):
-            start = time.perf_counter()
-            batch = as_batch(rows_BL)
-            routing.start_step()
-            with routing.listening():
-                loss = label_loss_sum(forward(engine.module, batch), batch["labels"])
-            engine.backward(loss / count_labels(batch["labels"]) + routing.loss_share(batch))
-            result = engine.step(rate(step))
-            assert not result.skipped, f"step {step}: a loss or a gradient is not finite"
-            routing.end_step(skipped=False)
-            seconds += time.perf_counter() - start
-            if measured_at and step + 1 in self.settings.measured_at:
-                trace[str(step + 1)] = self._losses(model)
-        engine.close()
-        return {"trace": trace, "seconds": round(seconds, 1)}
+        return train(
+            model,
+            rows,
+            steps=steps,
+            rate=rate,
+            weight_decay=self.settings.weight_decay,
+            moe=moe,
+            measure=lambda: self._losses(model),
+            measured_at=measured_at,
+        )
 
     def _losses(self, model: nn.Module) -> dict[str, float]:
         """Held-out nats per byte of each domain, and of the task's windows by which learning rates are chosen."""
-        found = {}
-        for name, rows_BL in self.held_out.items():
-            batches = (as_batch(part_BL) for part_BL in rows_BL.split(self.settings.batch))
-            found[name] = held_out(lambda batch: forward(model, batch), model, batches, Grid.single())["loss"]
-        return found
+        found = losses_on(model, self.held_out, self.settings.batch)
+        return {name: figures["loss"] for name, figures in found.items()}
 
     @torch.no_grad()
     def _scores(self, model: nn.Module, domain: str, half: int | None) -> Summary:
@@ -235,18 +220,8 @@ class Experiment:
         }
 
     def _rows(self, names: list[str], *, seed: int, purpose: str) -> Iterator[torch.Tensor]:
-        """Batches of windows `[B,L]`; each window's domain, then its place, drawn evenly."""
-        s = self.settings
-        generator = torch.Generator().manual_seed(1_000_003 * seed + ("base", "task").index(purpose))
-        while True:
-            domain_B = torch.randint(len(names), (s.batch,), generator=generator)
-            place_B = torch.rand(s.batch, generator=generator, dtype=torch.float64)
-            parts = []
-            for domain, place in zip(domain_B.tolist(), place_B, strict=True):
-                stream_N = self.domains[names[domain]].train
-                start = (place * (len(stream_N) - s.length + 1)).long()
-                parts.append(windows(stream_N, start[None], s.length))
-            yield torch.cat(parts)
+        s, number = self.settings, 1_000_003 * seed + ("base", "task").index(purpose)
+        return drawn([self.domains[name] for name in names], batch=s.batch, length=s.length, seed=number)
 
 
 def lora_model(folder: Path, *, rank: int) -> nn.Module:
@@ -277,20 +252,6 @@ def lora_model(folder: Path, *, rank: int) -> nn.Module:
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)  # of parameters
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks transformers for it
         return get_peft_model(model, config).train()
-
-
-def forward(model: nn.Module, batch: dict) -> torch.Tensor:
-    return model(**model_inputs(batch, model.config, dtype=torch.float32)).logits
-
-
-def as_batch(rows_BL: torch.Tensor) -> dict[str, torch.Tensor]:
-    position_ids = torch.arange(rows_BL.shape[1]).expand_as(rows_BL)
-    return {
-        "input_ids": rows_BL,
-        "labels": rows_BL,
-        "attention_mask": torch.ones_like(rows_BL),
-        "position_ids": position_ids,
-    }
 
 
 def mean(values) -> float:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
 
-from benchmarks._quality_figures import Results, general_at, paired, pairs, spread
+from benchmarks._quality_figures import Results, general_at, paired, pairs
 from benchmarks._quality_runs import ARMS, COVERED
+from benchmarks._quality_training import shown, verdict
 
 
 def render(results: Results) -> str:
@@ -35,13 +35,13 @@ def _arms(results: Results) -> str:
         lost = [end[1] - start[1] for start, end in zip(starts, ends, strict=True)]
         cells = [name, str(len(seeds))]
         if arm == "base":
-            cells += ["", "", _shown(task), "", _shown(general), "", ""]
+            cells += ["", "", shown(task), "", shown(general), "", ""]
         else:
             runs = [results.arms[arm][seed] for seed in seeds]
             parameters = statistics.fmean(run["parameters"] for run in runs)
             per_gain = statistics.fmean(lost) / statistics.fmean(gain)
-            cells += [f"{parameters:,.0f}", f"{runs[0]['rate']:g}", _shown(task), _shown(gain)]
-            cells += [_shown(general), _shown(lost), f"{per_gain:.2f}"]
+            cells += [f"{parameters:,.0f}", f"{runs[0]['rate']:g}", shown(task), shown(gain)]
+            cells += [shown(general), shown(lost), f"{per_gain:.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -55,7 +55,7 @@ def _differences(results: Results) -> str:
     ]
     for ours, peer in pairs(results):
         by_seed = {what: paired(results, ours, peer, what) for what in ("task", "general", "equal")}
-        cells = [f"{_shown(d)} ({', '.join(f'{x:+.3f}' for x in d)})" if d else "not reached" for d in by_seed.values()]
+        cells = [f"{shown(d)} ({', '.join(f'{x:+.3f}' for x in d)})" if d else "not reached" for d in by_seed.values()]
         lines.append(f"| {ARMS[ours]} | {ARMS[peer]} | {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 3 else ""
 
@@ -68,7 +68,7 @@ def _concentration(results: Results) -> str:
         "|---|---|---|",
     ]
     for share in COVERED:
-        found = _shown([base["experts_to_cover"][str(share)] for base in bases], digits=1)
+        found = shown([base["experts_to_cover"][str(share)] for base in bases], digits=1)
         lines.append(f"| {share:.0%} | {found} of {experts} | {math.ceil(share * experts)} |")
     top = results.settings.top_k
     chance = top * top / experts
@@ -79,7 +79,7 @@ def _concentration(results: Results) -> str:
         ("overlap_cross", "two of different domains"),
         ("overlap_task", "the task and a general domain"),
     ):
-        lines.append(f"| {name} | {_shown([base[key] for base in bases], digits=2)} |")
+        lines.append(f"| {name} | {shown([base[key] for base in bases], digits=2)} |")
     return "\n".join(lines)
 
 
@@ -140,9 +140,7 @@ def _claims(results: Results) -> str:
             continue  # fewer seeds say nothing
         found = paired(results, better, worse, what)
         if found:
-            right = sum(difference < 0 for difference in found)
-            verdict = "holds" if right == len(found) else "**does not hold**" if right == 0 else "**undecided**"
-            lines.append(f"- {claim}: {verdict} ({right} of {len(found)} seeds, {_shown(found)})")
+            lines.append(f"- {claim}: {verdict(found)}")
         else:
             lines.append(f"- {claim}: cannot be said, one of them never gets there")
     if not lines:
@@ -152,8 +150,3 @@ def _claims(results: Results) -> str:
     )
     lines.append(f"- parameters grow with p: twice the p trains {many / few:.2f} times as many")
     return "\n## Claims\n\n" + "\n".join(lines)
-
-
-def _shown(values: Sequence[float], *, digits: int = 3) -> str:
-    mean, sd = spread(values)
-    return f"{mean:.{digits}f}" + ("" if math.isnan(sd) else f" ± {sd:.{digits}f}")

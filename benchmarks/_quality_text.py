@@ -1,8 +1,9 @@
-"""Text of the experiment on ESFT's quality: real documents that a machine holds, byte by byte, as named domains.
+"""Text of the experiments on quality: real documents that a machine holds, byte by byte, as named domains.
 
   python_code, prose, docstrings   the standard library and Python's own help: `moe_dist.data.corpora`
   c, perl                          system headers, the Perl modules
-  de, fr                           manual pages in German and French
+  de, fr, sv, en                   manual pages in German, French, Swedish, and of the English sections 5 to 8
+  cmake                            modules of CMake
   zh                               Chinese instructions of the ESFT repository, where they lie beside the checkout
 
 Some documents of each domain are held out; they depend on names alone. Documents end with a zero byte.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,9 @@ SOURCES = {  # of each domain: folders, and the files that count in them
     "perl": (("/usr/share/perl", "5.*.*/**/*.pm"),),
     "de": (("/usr/share/man/de", "man?/*.gz"),),
     "fr": (("/usr/share/man/fr", "man?/*.gz"),),
+    "sv": (("/usr/share/man/sv", "man?/*.gz"),),
+    "en": (("/usr/share/man", "man[5-8]/*.gz"),),
+    "cmake": (("/usr/share", "cmake-*/**/*.cmake"),),
     "zh": ((str(INSTRUCTIONS), "*_train.jsonl"),),
 }
 BASE = ("python_code", "c", "perl", "de", "prose", "zh", "docstrings")  # the base learns the first six there are
@@ -58,20 +62,25 @@ def load_domains(cache: Path, *, megabytes: float) -> tuple[str, dict[str, Domai
 
     cache: a folder for the corpora that are made from the standard library.
     """
+    domains = whole_domains(cache, {*BASE, *TARGETS}, megabytes=megabytes)
+    task = next((name for name in TARGETS if name in domains), None)
+    if task is None:
+        raise UserError(f"no domain of text for the task on this machine; looked for {', '.join(TARGETS)}")
+    base = [name for name in BASE if name in domains and name != task][:6]
+    return task, {name: domains[name] for name in (task, *base)}
+
+
+def whole_domains(cache: Path, names: Collection[str], *, megabytes: float) -> dict[str, Domain]:
+    """Those of the named domains of which this machine has enough text, each of at most `megabytes`."""
     limit = int(1e6 * megabytes)
     domains = {}
-    for name in SOURCES:
+    for name in SOURCES.keys() & names:
         domains[name] = _collect(sorted(_files_of(name), key=lambda item: _draw(item[0])), limit)
     manifest = prepare_quickstart(cache / "corpora", megabytes=3 * megabytes, vocab_size=None)
     for name, splits in manifest["domains"].items():
         texts = [_lines(cache / "corpora" / splits[split]["file"], limit) for split in ("train", "eval")]
         domains[name] = Domain(*texts)
-    present = {name for name, domain in domains.items() if domain.is_whole(limit)}
-    task = next((name for name in TARGETS if name in present), None)
-    if task is None:
-        raise UserError(f"no domain of text for the task on this machine; looked for {', '.join(TARGETS)}")
-    base = [name for name in BASE if name in present and name != task][:6]
-    return task, {name: domains[name] for name in (task, *base)}
+    return {name: domain for name, domain in domains.items() if name in names and domain.is_whole(limit)}
 
 
 def windows(stream_N: torch.Tensor, starts_B: torch.Tensor, length: int) -> torch.Tensor:

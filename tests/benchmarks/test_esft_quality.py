@@ -11,8 +11,9 @@ import torch
 from benchmarks import _quality_figures as figures
 from benchmarks import _quality_tables as tables
 from benchmarks import esft_quality
-from benchmarks._quality_runs import ARMS, Experiment, as_batch, forward, lora_model
+from benchmarks._quality_runs import ARMS, Experiment, lora_model
 from benchmarks._quality_text import load_domains, spaced
+from benchmarks._quality_training import as_batch, forward, spread
 from moe_dist.config.strict_json import write_json
 from moe_dist.models import load_model
 
@@ -180,6 +181,6 @@ def test_figures_by_hand(tmp_path):
     assert f"| {ARMS['full']} | **2.000 / 2.000** | 2.000 / 2.000 | 1.750 |" in shown
     assert f"| {ARMS['token_0.2']} | **3.000 / 1.600** | 3.000 / 1.600 | 1.600 |" in shown
     assert "Claims" not in shown  # two seeds say nothing
-    assert figures.spread([1.0, 2.0]) == pytest.approx((1.5, 0.5**0.5))
+    assert spread([1.0, 2.0]) == pytest.approx((1.5, 0.5**0.5))
     figures.job_file(tmp_path, 0, "full", 0.2).unlink()
     assert figures.best_rate(tmp_path, settings, "full") is None
