@@ -50,6 +50,7 @@ def export_model(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     full_tensor: FullTensor | None = None,
+    grid: Grid | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write `model` (from `load_model` or `init_model`) as a folder that plain transformers loads. Collective.
@@ -58,13 +59,14 @@ def export_model(
     config, generation config, and the tokenizer: the one given, else the files beside the weights that were loaded.
     full_tensor: parameter -> its whole tensor on this rank, for an engine that partitions parameters; all ranks call
     it for the same parameters in the same order, one at a time. Biases and everything else keep their dtype.
+    grid: of a dense model, which has no layer of ours that knows it.
     shard_bytes: weights beyond this size go to several files.
     Raises UserError on every rank where any rank fails to write; then nothing is left under `folder`.
     """
     layers = moe_layers(model)
-    if not layers:
+    if not layers and grid is None:
         raise UserError("export_model expects a model from load_model or init_model; this one has no MoE layer of ours")
-    grid = layers[0][1].grid
+    grid = layers[0][1].grid if layers else grid
     folder = Path(folder)
     partial = folder.parent / f".{folder.name}.partial"
     skeleton, plan = _plan(model)

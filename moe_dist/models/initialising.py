@@ -25,6 +25,7 @@ def init_model(
     dtype: torch.dtype | str = torch.float32,
     trainable: Trainable = None,
     placement: Seating = "contiguous",
+    dense: bool = False,
 ) -> PreTrainedModel:
     """A randomly initialised model of the architecture `config`, such as {"model_type": "qwen3_moe", ...}.
 
@@ -36,10 +37,10 @@ def init_model(
     dtype = parse_dtype(dtype)
     model = build_skeleton(make_config(dict(config), where="model configuration"), dtype)
     descriptions = describe_experts(model)
-    if not descriptions:
+    if not descriptions and not dense:
         raise unknown_family(model.config.model_type)
     stock = {description.name: model.get_submodule(description.name) for description in descriptions}
-    layers = dict(swap(model, grid, trainable=trainable, placement=placement))
+    layers = dict(swap(model, grid, trainable=trainable, placement=placement, dense=dense))
     # Some rules fill the experts when they come to the block around them: ours wait until that is done.
     for path, module in stock.items():
         model.set_submodule(path, module)

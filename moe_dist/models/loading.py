@@ -35,12 +35,13 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     trainable: Trainable = None,
     placement: Seating = "contiguous",
+    dense: bool = False,
 ) -> PreTrainedModel:
     """The transformers model in `folder` with a `moe_dist.moe` layer in every MoE block, this rank's share of it.
 
     folder: a local folder or the name of a model on the Hugging Face hub. grid: None is one process. dtype: of the
     model, None as stored; tensors that transformers keeps in fp32 whatever the model's dtype stay in fp32.
-    trainable: layer path -> ids of the experts that train; None trains all. placement: see `surgery.swap`.
+    trainable: layer path -> ids of the experts that train; None trains all. placement, dense: see `surgery.swap`.
 
     Every rank of the grid calls it with the same arguments; nothing is communicated. The model is in eval mode, as
     `from_pretrained` leaves it. Raises UserError naming the tensors where folder and model do not match exactly, and
@@ -53,14 +54,14 @@ def load_model(
     dtype = files.main_dtype() if dtype is None else parse_dtype(dtype)
     model = build_skeleton(config, dtype)
     descriptions = describe_experts(model)
-    if not descriptions:
+    if not descriptions and not dense:
         raise unknown_family(config.model_type)
     shapes = {key: info.shape for key, info in files.tensors.items()}
     plan = plan_reading(model, shapes, expert_counts(descriptions))
     absent = _check(model, plan, descriptions, files.tensors)
 
     materialise_buffers(model, absent, grid.device)
-    layers = swap(model, grid, trainable=trainable, placement=placement)
+    layers = swap(model, grid, trainable=trainable, placement=placement, dense=dense)
     dtypes = DtypePlan(model, dtype)
     with files, torch.no_grad():
         for _, layer in layers:

@@ -15,6 +15,10 @@ def router_sites(model: nn.Module) -> list[RouterSite]:
 
     Raises UserError where a layer's router was not found: a loss that is silently off in one layer would be worse.
     """
+    if not moe_layers(model):
+        raise UserError(
+            "balance losses, z-loss and expert bias need routers, and this model is dense: leave them out of moe"
+        )
     sites = []
     for name, layer in moe_layers(model):
         if layer.origin.router is None:

@@ -29,6 +29,7 @@ def swap(
     trainable: Trainable = None,
     placement: Seating = "contiguous",
     device: torch.device | str | None = None,
+    dense: bool = False,
 ) -> list[tuple[str, MoEExperts]]:
     """Replace the experts modules of a stock `model` (usually on the meta device) by ours, whose weights are zero.
 
@@ -36,10 +37,11 @@ def swap(
     placement: "contiguous", or layer path -> the expert ids of each rank; layers left out are contiguous.
     device: of the new weights, the grid's unless told. Each layer gets the dtype of the module it replaces and keeps
     that module's `ExpertsDescription` as `.origin`.
+    dense: a model without any such module is left as it is.
     Raises UserError where the model has no such module, or a path or an expert id does not exist.
     """
     descriptions = describe_experts(model)
-    if not descriptions:
+    if not descriptions and not dense:
         raise unknown_family(getattr(model.config, "model_type", None))
     names = [description.name for description in descriptions]
     seats = _seats_by_layer(placement)

@@ -14,6 +14,7 @@ from moe_dist.data.offline_tokenizer import OFFLINE, offline_tokenizer
 from moe_dist.errors import UserError
 from moe_dist.models.initialising import init_model
 from moe_dist.models.loading import load_model, resolve_folder
+from moe_dist.models.nexus.configuration_nexus import CONFIGS as DENSE_FAMILIES
 from moe_dist.models.recompute import enable_recompute
 from moe_dist.models.skeleton import build_skeleton, make_config, read_config
 from moe_dist.models.surgery import Seating, moe_layers, swap
@@ -53,20 +54,22 @@ def plan_model(config: RunConfig, grid: Grid) -> ModelPlan:
     dtype = getattr(torch, config.model.dtype or "float32")
     skeleton = build_skeleton(architecture, dtype)
     skeleton.tie_weights(recompute_mapping=False)  # a tied tensor is one parameter, under one name
-    layers = swap(skeleton, grid, device="meta")
+    dense = architecture.model_type in DENSE_FAMILIES  # what Nexus upcycles is trained here too
+    layers = swap(skeleton, grid, device="meta", dense=dense)
     routers = [layer.origin.router[0] for _, layer in layers if layer.origin.router is not None]
     selection = select(config.trainable, skeleton, routers)
     placement = _placement(config, layers, selection, grid)
     # Again with the placement now known, so that the skeleton has the spans that the model will have.
     skeleton = build_skeleton(architecture, dtype)
     skeleton.tie_weights(recompute_mapping=False)
-    swap(skeleton, grid, trainable=selection.experts, placement=placement, device="meta")
+    swap(skeleton, grid, trainable=selection.experts, placement=placement, device="meta", dense=dense)
     return ModelPlan(skeleton, selection, placement, folder)
 
 
 def build_model(config: RunConfig, plan: ModelPlan, grid: Grid) -> nn.Module:
     """The transformers model with this rank's experts, in training mode, frozen where the plan says so."""
-    where = {"trainable": plan.selection.experts, "placement": plan.placement}
+    dense = plan.skeleton.config.model_type in DENSE_FAMILIES
+    where = {"trainable": plan.selection.experts, "placement": plan.placement, "dense": dense}
     if plan.folder is None:
         dtype = config.model.dtype or "float32"
         model = init_model(dict(config.model.config), grid, seed=config.model.seed, dtype=dtype, **where)

@@ -53,7 +53,7 @@ def export_run(source: str | Path, out: str | Path) -> tuple[Path, int]:
             opened.check_base(plan.folder)
         state.load_weights(opened, model)
         step = opened.step
-    return export_model(model, out, tokenizer=load_tokenizer(config, plan)), step
+    return export_model(model, out, tokenizer=load_tokenizer(config, plan), grid=grid), step
 
 
 def evaluate_run(config: RunConfig, *, weights: str | None = None) -> tuple[int | None, dict[str, dict[str, float]]]:

@@ -88,7 +88,10 @@ class Routing:
                 self.bias.step()
 
     def figures(self) -> dict:
-        """Load figures of the last step over all data ranks: the worst over layers, and each layer's. Collective."""
+        """Load figures of the last step over all data ranks: the worst over layers, and each layer's; of a dense
+        model there are none. Collective."""
+        if not self.layers:
+            return {}
         totals = {
             name: layer.statistics.total(self.grid.data_group, self.grid.device).cpu() for name, layer in self.layers
         }
