@@ -1,6 +1,7 @@
 # Thin calls of the tools below; everything works from a bare clone.
 #   make quickstart   train, resume, export and sample a small model (about six minutes after installation)
 #   make quickstart-esft   find the experts that a task uses and train only those (about four minutes)
+#   make quickstart-nexus  upcycle dense experts into one mixture and add one more (about four minutes)
 #   make test         lint and the tests
 # PYTHON chooses the interpreter, TORCH the build of torch; a GPU user might say
 #   make test TORCH="torch==2.13.0 --index-url URL"     with the URL of a CUDA build, from the selector on pytorch.org
@@ -13,7 +14,7 @@ SOURCES := $(wildcard csrc/*)
 BENCHMARKS := $(filter-out _%,$(basename $(notdir $(wildcard benchmarks/*.py))))
 CODE := moe_dist tests configs setup.py $(wildcard csrc/*.py benchmarks)
 
-.PHONY: install quickstart quickstart-esft test lint format bench parity families clean
+.PHONY: install quickstart quickstart-esft quickstart-nexus test lint format bench parity families clean
 .DELETE_ON_ERROR:
 
 install: .venv/.package
@@ -23,6 +24,9 @@ quickstart: .venv/.package
 
 quickstart-esft: .venv/.package
 	$(BIN)/moe-dist run configs/esft/quickstart.yaml
+
+quickstart-nexus: .venv/.package
+	$(BIN)/moe-dist run configs/nexus/quickstart.yaml
 
 test: lint
 	$(BIN)/python -m pytest -v -rs
