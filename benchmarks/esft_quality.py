@@ -20,9 +20,7 @@ default no training begins that would probably end later than --minutes after th
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import hashlib
 import importlib.util
 import json
 import shutil
@@ -34,6 +32,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import _harness, _quality_figures, _quality_tables
+from benchmarks._quality_command import folder_of, parser_of
 from benchmarks._quality_figures import job_file
 from benchmarks._quality_runs import ARMS, LORA_RANKS, Experiment, Settings
 from benchmarks._quality_text import Domain, load_domains
@@ -64,23 +63,15 @@ SECONDS_A_STEP = {"base": 0.12, "arm": 0.25}  # measuring included; only for the
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.esft_quality",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-    parser.add_argument("--work", type=Path, default=WORK, metavar="FOLDER", help=f"finished trainings ({WORK})")
-    parser.add_argument("--minutes", type=float, default=5.0, help="how long trainings may run (5)")
-    parser.add_argument("--full", action="store_true", help="all trainings in one go: about 30 minutes on one core")
-    parser.add_argument("--smoke", action="store_true", help="everything in seconds, on a model that learns nothing")
+    parser = parser_of("esft_quality", __doc__, work=WORK, duration="about 30 minutes")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)  # products this small gain nothing by a second core
 
     settings = SMOKE if options.smoke else Settings()
     options.work.mkdir(parents=True, exist_ok=True)
     task, domains = load_domains(options.work, megabytes=settings.megabytes)
-    experiment = Experiment(settings, task, domains, folder_of(options.work, settings, task, domains))
+    folder = folder_of(options.work, identity_of(settings, task, domains))
+    experiment = Experiment(settings, task, domains, folder)
 
     limit = float("inf") if options.full or options.smoke else 60 * options.minutes
     with locked(experiment.folder / "lock"):
@@ -101,17 +92,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def folder_of(work: Path, settings: Settings, task: str, domains: dict[str, Domain]) -> Path:
-    """The folder of trainings with these settings, texts and versions: others must not be taken for them."""
-    sizes = {
-        k: v for k, v in dataclasses.asdict(settings).items() if k not in ("rates", "seeds")
-    }  # in each file's name
+def identity_of(settings: Settings, task: str, domains: dict[str, Domain]) -> dict:
+    """What makes a training another one, but for what is in its file's name."""
+    sizes = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("rates", "seeds")}
     prints = {name: domain.fingerprint for name, domain in domains.items()}
-    identity = {"form": FORM, "settings": sizes, "task": task, "domains": prints, "versions": versions()}
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    (work / digest).mkdir(exist_ok=True)
-    write_json(work / digest / "identity.json", identity)
-    return work / digest
+    return {"form": FORM, "settings": sizes, "task": task, "domains": prints, "versions": versions()}
 
 
 def work_through(experiment: Experiment, *, seconds: float) -> int:

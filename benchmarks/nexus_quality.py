@@ -22,9 +22,7 @@ default no training begins that would probably end later than --minutes after th
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import hashlib
 import json
 import sys
 import time
@@ -35,6 +33,7 @@ import torch
 
 from benchmarks import _harness, _nexus_tables
 from benchmarks._nexus_runs import Experiment, Settings
+from benchmarks._quality_command import folder_of, parser_of
 from benchmarks._quality_text import Domain, whole_domains
 from moe_dist.config.strict_json import read_json, write_json
 from moe_dist.data.atomic import locked
@@ -63,16 +62,7 @@ SECONDS_A_STEP = 0.2  # only for the guess when a training would end
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.nexus_quality",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-    parser.add_argument("--work", type=Path, default=WORK, metavar="FOLDER", help=f"finished trainings ({WORK})")
-    parser.add_argument("--minutes", type=float, default=5.0, help="how long trainings may run (5)")
-    parser.add_argument("--full", action="store_true", help="all trainings in one go: under an hour on one core")
-    parser.add_argument("--smoke", action="store_true", help="everything in seconds, on models that learn nothing")
+    parser = parser_of("nexus_quality", __doc__, work=WORK, duration="under an hour")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)  # products this small gain nothing by a second core
 
@@ -81,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     found = whole_domains(options.work, {*OLD, *NEW}, megabytes=settings.megabytes)
     old, new = choose(found, *(SMOKE_DOMAINS if options.smoke else (8, 2)))
     domains = {name: found[name] for name in (*old, *new)}
-    folder = folder_of(options.work, settings, old, new, domains)
+    folder = folder_of(options.work, identity_of(settings, old, new, domains))
     experiment = Experiment(settings, old, new, domains, folder)
 
     limit = float("inf") if options.full or options.smoke else 60 * options.minutes
@@ -114,15 +104,11 @@ def choose(found: dict[str, Domain], most_old: int, most_new: int) -> tuple[list
     return old, new
 
 
-def folder_of(work: Path, settings: Settings, old: list[str], new: list[str], domains: dict[str, Domain]) -> Path:
-    """The folder of trainings with these settings, texts and versions: others must not be taken for them."""
+def identity_of(settings: Settings, old: list[str], new: list[str], domains: dict[str, Domain]) -> dict:
+    """What makes a training another one, but for what is in its file's name."""
     sizes = {key: value for key, value in dataclasses.asdict(settings).items() if key != "seeds"}
     prints = {name: domain.fingerprint for name, domain in domains.items()}
-    identity = {"form": FORM, "settings": sizes, "old": old, "new": new, "domains": prints, "versions": versions()}
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    (work / digest).mkdir(exist_ok=True)
-    write_json(work / digest / "identity.json", identity)
-    return work / digest
+    return {"form": FORM, "settings": sizes, "old": old, "new": new, "domains": prints, "versions": versions()}
 
 
 def work_through(experiment: Experiment, *, seconds: float) -> int:

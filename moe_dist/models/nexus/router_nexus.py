@@ -13,6 +13,8 @@ step on, because its row is as long as the others and points at its own text.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -30,7 +32,7 @@ def _count_step(*_) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
-class NexusRouter(nn.Module):
+class NexusRouter(nn.Module, ABC):
     """Softmax over all experts, the best K, their raw probabilities (divided by their sum with `norm_topk_prob`).
 
     Logits are computed in float32 (or wider) whatever the model's dtype. At inference the rows e_i are kept until a
@@ -68,9 +70,9 @@ class NexusRouter(nn.Module):
             self._kept = (state, self.fold())
         return self._kept[1]
 
+    @abstractmethod
     def fold(self) -> torch.Tensor:
         """Compute the rows."""
-        raise NotImplementedError
 
     def train(self, mode: bool = True) -> NexusRouter:
         self._kept = None

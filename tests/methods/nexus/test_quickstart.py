@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +10,8 @@ import yaml
 
 from moe_dist.config.load import read_mapping
 from tests.models.compare import file_tensors
+from tests.recipes import ROOT, run_recipe
 
-ROOT = Path(__file__).parents[3]
 RECIPE = ROOT / "configs" / "nexus" / "quickstart.yaml"
 # Few steps, short rows, and two layers; what decides how the stages fit together stays as it is.
 SMALL = ["data.seq_len=64", "data.eval.help.limit=4"]
@@ -45,20 +43,9 @@ def shortened(folder: Path) -> Path:
     return path
 
 
-def run(recipe: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "moe_dist", "run", str(recipe)],
-        capture_output=True, text=True, timeout=900, cwd=recipe.parent,
-        env={"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HF_HUB_OFFLINE": "1",
-             "OMP_NUM_THREADS": "1", "HOME": str(recipe.parent)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
 def test_from_nothing_to_an_extended_mixture_and_nothing_twice(tmp_path):
     recipe = shortened(tmp_path)
-    first = run(recipe)
+    first = run_recipe(recipe)
     folder = tmp_path / "run"
     total = len(read_mapping(RECIPE)["stages"])
     assert f"[{total}/{total}] compare: done" in first
@@ -88,6 +75,6 @@ def test_from_nothing_to_an_extended_mixture_and_nothing_twice(tmp_path):
     assert trained["help"]["loss"] < before["help"]["loss"]
 
     stamps = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    again = run(recipe)
+    again = run_recipe(recipe)
     assert again.count("done before, skipped") == total
     assert stamps == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
