@@ -29,6 +29,9 @@ CELLS = [
     ("paper", _cell("olmo2", layout=(4, 4), balance="hf")),
     ("linear", _cell("mistral", layout=(2, 1), stage=0)),
     ("linear", _cell("qwen2", layout=(4, 4), trainable="some", balance="hf")),
+    # ESFT: one rank, and one layer, has nothing to train.
+    ("prototype", _cell("gemma", layout=(4, 4), stage=2, trainable="one rank")),
+    ("paper", _cell("mistral", layout=(2, 2), stage=3, trainable="one layer", balance="hf")),
 ]
 # τ's gradient is one number, a sum of which most cancels: its relative error is the condition of that sum times that of
 # its terms. These random models (seed by family and experts) are those where it is some twenty and not thousands.
