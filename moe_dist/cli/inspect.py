@@ -5,7 +5,8 @@ to RUN/plots every table as CSV, every figure as PNG with its numbers as CSV, an
 network and no other file, for a browser on a desk or a phone.
 
   loss            training, and each held-out domain
-  routing         heat map of layer by expert, its change, load of experts and ranks, evenness, drops
+  routing         heat map of layer by expert, its change, what each held-out domain sends to each expert over time,
+                  load of experts and ranks, evenness, drops
   optimizer       learning rate, gradient norm, speed
   experts         which of them train, coverage curves, and what tasks have in common
 

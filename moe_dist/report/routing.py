@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_dist.report.plots import Plot, heat_map
@@ -28,7 +29,7 @@ def windows(record: RunRecord) -> list[Window]:
         counts = entry.get("counts")
         if isinstance(counts, dict) and isinstance(entry.get("steps"), int):
             counts = {layer: numbers(counts[layer]) for layer in by_layer(counts)}
-            used = {layer: slots for layer, slots in counts.items() if _are_counts(slots)}
+            used = {layer: slots for layer, slots in counts.items() if are_counts(slots)}
             found[entry["step"]] = Window(entry["step"], entry["steps"], used)
     return [found[step] for step in sorted(found) if found[step].counts]
 
@@ -58,7 +59,7 @@ def routing_plots(record: RunRecord) -> list[Plot]:
     layers = list(total)
     experts = max(map(len, total.values()))
     names = [str(expert) for expert in range(experts)]
-    load = {layer: _filled(relative_load(total[layer]), experts) for layer in layers}
+    load = {layer: filled(relative_load(total[layer]), experts) for layer in layers}
     trained = _trained(record)
     dots = {(r, e) for r, layer in enumerate(layers) for e in trained.get(layer, []) if e < experts}
     counted = sum(window.steps for window in found)
@@ -82,7 +83,7 @@ def routing_plots(record: RunRecord) -> list[Plot]:
     if len(found) > 1 and shared:
         start, end = ([relative_load(window.counts[layer]) for layer in shared] for window in (first, last))
         change = [
-            _filled([after - before for before, after in zip(*rows, strict=True)], experts)
+            filled([after - before for before, after in zip(*rows, strict=True)], experts)
             for rows in zip(start, end, strict=True)
         ]
         plots.append(
@@ -102,11 +103,13 @@ def routing_plots(record: RunRecord) -> list[Plot]:
     return plots
 
 
-def _are_counts(slots: list) -> bool:
+def are_counts(slots: list) -> bool:
+    """Whether a list is what experts got: whole numbers, not all of them zero."""
     return any(slots) and all(isinstance(count, int) and count >= 0 for count in slots)
 
 
-def _filled(values: list[float], length: int) -> list[float | None]:
+def filled(values: Sequence[float], length: int) -> list[float | None]:
+    """`values`, then None up to that length: a layer may have fewer experts than another."""
     return [*values, *[None] * (length - len(values))]
 
 

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from moe_dist.report import page, tables
 from moe_dist.report.curves import curve_plots
+from moe_dist.report.domain_routing import domain_plots
 from moe_dist.report.files import csv_text, plot_files
 from moe_dist.report.page import Section
 from moe_dist.report.record import RunRecord
@@ -50,7 +51,12 @@ def sections(record: RunRecord, *, experts: Section, checkpoints: Table) -> list
     missing = "No line of training has been written yet."
     return [
         Section("Overview", loss, first, _unless(loss, missing) + _no_held_out(record)),
-        Section("Routing", [*routing, *curves.values()], about_routing, _unless(routing, _no_routing(record))),
+        Section(
+            "Routing",
+            [*routing, *domain_plots(record), *curves.values()],
+            about_routing,
+            _unless(routing, _no_routing(record)),
+        ),
         experts,
         Section("Optimizer", optimizer, (), _unless(optimizer, missing)),
         Section("Data and files", (), rest, _unless(checkpoints.rows, "There is no checkpoint.")),

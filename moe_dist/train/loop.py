@@ -112,7 +112,8 @@ def train(config: RunConfig, *, resume: str = "auto", overwrite: bool = False) -
             results[domain] = held_out(forward, model, (to_device(batch, device) for batch in batches), grid)
             log.say(f"step {step}  held-out {domain}  loss {results[domain]['loss']:.4f}")
         if results:
-            log.write("eval", step, domains=results)
+            named = getattr(model.config, "expert_names", None)
+            log.write("eval", step, domains=results, **({"expert_names": list(named)} if named else {}))
         return results
 
     def save() -> None:

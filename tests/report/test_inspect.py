@@ -81,6 +81,43 @@ def test_counts_of_experts_are_all_the_slots_of_the_run(run):
         assert [float(value) for value in change[1:]] == pytest.approx(expected)
 
 
+def test_what_each_expert_gets_of_each_held_out_domain(run):
+    """Shares of the metrics' counts, as a mean over layers: at the end, and at every evaluation."""
+    assert main(["inspect", str(run)]) == EXIT_OK
+    header, *rows = table(run, "domain_routing")
+    assert header == ["domain / expert", "0", "1", "2", "3"]
+    files = {"<b>other": "domain_routing_0__b_other", "held": "domain_routing_1_held"}
+    assert [row[0] for row in rows] == list(files)
+    for row, (domain, file) in zip(rows, files.items(), strict=True):
+        counts = of_metrics(run, "eval", "domains", domain, "experts")
+        mean = {
+            step: [sum(slots[e] / sum(slots) for slots in layers.values()) / len(layers) for e in range(4)]
+            for step, layers in counts.items()
+        }
+        assert [float(value) for value in row[1:]] == pytest.approx(mean[STEPS])
+        for expert in range(4):
+            shown = column(run, file, f"expert {expert}")
+            assert shown == pytest.approx({step: shares[expert] for step, shares in mean.items()})
+            assert list(shown) == [2, 4, 5, 6, 8]
+        assert f"Numbers: {file}.csv" in (run / "plots" / "index.html").read_text()
+
+
+def test_many_experts_and_one_evaluation(run):
+    whole = lines(run)
+    for line in whole:
+        if line["event"] == "eval":
+            for figures in line["domains"].values():
+                figures["experts"] = {layer: [*slots, *[0] * 8] for layer, slots in figures["experts"].items()}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in whole))
+    assert main(["inspect", str(run)]) == EXIT_OK
+    assert table(run, "domain_routing_1_held")[0] == ["step / expert", *map(str, range(12))]
+    once = [line for line in whole if line["event"] != "eval" or line["step"] == STEPS]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in once))
+    assert main(["inspect", str(run), "--out", str(run / "once")]) == EXIT_OK
+    assert (run / "once" / "domain_routing.csv").is_file()
+    assert not list((run / "once").glob("domain_routing_*"))
+
+
 def test_tables(run):
     assert main(["inspect", str(run)]) == EXIT_OK
     rows = table(run, "trainable")[1:]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+
 import pytest
 import torch
 
+from moe_dist.cli.main import main
 from moe_dist.models import load_model
 from moe_dist.train.finished import export_run
 from tests.methods.nexus.text import TOKENS, tokenizer, write_text
@@ -50,6 +53,7 @@ def test_parity_with_a_plain_process(ranks, tmp_path, router, cell, experts):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_tells_what_each_domain_s_tokens_get(ranks, tmp_path, precision):
+    pytest.importorskip("matplotlib")
     files = write_text(tmp_path)
     nexus_folder("llama", tmp_path / "model", vocab_size=TOKENS, num_experts=3, expert_names=["code", "prose", "sums"])
     tokenizer().save_pretrained(tmp_path / "model")
@@ -75,6 +79,16 @@ def test_a_run_tells_what_each_domain_s_tokens_get(ranks, tmp_path, precision):
                 assert sum(counts) > figures["tokens"]  # every real token, the first of a document too
     last = lines[-1]["domains"]
     assert torch.tensor([last[name]["experts"]["0"] for name in last]).unique(dim=0).shape[0] == 3
+    # And so does the page of the run, under the experts' own names.
+    assert main(["inspect", str(tmp_path / "run"), "--out", str(tmp_path / "page")]) == 0
+    header, *rows = csv.reader((tmp_path / "page" / "domain_routing.csv").open())
+    assert header[1:] == ["code", "prose", "sums"]
+    for name, *shares in rows:
+        counts = torch.tensor([last[name]["experts"][layer] for layer in ("0", "1")]).double()
+        assert torch.allclose(torch.tensor([*map(float, shares)]).double(), (counts / counts.sum(1, True)).mean(0))
+    header, *rows = csv.reader((tmp_path / "page" / "domain_routing_2_sums.csv").open())
+    assert header == ["step", "expert code", "expert prose", "expert sums"]
+    assert [row[0] for row in rows] == ["3", "6"]
     # What comes out is a Nexus model again: the same domains, and trained weights.
     export_run(tmp_path / "run", tmp_path / "trained")
     before, after = load_model(tmp_path / "model"), load_model(tmp_path / "trained")
