@@ -1,0 +1,1 @@
+"""Self-MoE: generation, filters, evaluation."""
