@@ -41,7 +41,10 @@ def domain_plots(record: RunRecord) -> list[Plot]:
 def _over_time(number: int, domain: str, shares: Shares, names: list[str]) -> Plot:
     steps = sorted(shares)
     rows = [filled(shares[step], len(names)) for step in steps]
-    words = {"title": f"Experts of {domain} over time", "meaning": f"{SHARE}, at each evaluation."}
+    words = {
+        "title": f"Experts of {domain} over time",
+        "meaning": f"{SHARE}, at each evaluation. {1 / len(names):.2g} is an even share.",
+    }
     stem = f"domain_routing_{number}_" + re.sub(r"[^A-Za-z0-9_-]", "_", domain)
     if len(names) > LEGEND_ENTRIES:  # more lines than can be told apart
         return heat_map(stem, [str(step) for step in steps], names, rows, x="expert", y="step", **words)

@@ -1,7 +1,7 @@
 """The receipt of an upcycling: which tensor came from where, and what was measured to equal what.
 
-Measured on the files as written, layer by layer, with weights mapped and not loaded. A measurement beyond its bound is
-a fault of this program, and stops it before the folder appears.
+Measured on the files as written, tensor by tensor and layer by layer, with weights mapped and not loaded. A measurement
+beyond its bound is a fault of this program, and stops it before the folder appears.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ if TYPE_CHECKING:
     from moe_dist.methods.nexus.upcycle import Plan
 
 TOKENS = 16
-SAMPLED = 4096  # elements of each mean that are taken again in float64
+SAMPLED = 4096  # elements of each mean and blend, spread over it, that are computed again in float64
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-12}
 
 
 @dataclass(frozen=True)
 class Check:
-    """`what` was measured to differ by at most `error` (relative, worst over all layers); it may by `bound`."""
+    """`what` was measured to differ by at most `error` (relative, worst over all layers; where equality to the bit is
+    asked for, the number of tensors that differ); it may by `bound`."""
 
     what: str
     error: float
@@ -70,7 +71,7 @@ class Receipt:
 def measure(plan: Plan, folder: Path) -> Receipt:
     """Measure the weights in `folder`, which `plan` wrote. Raises RuntimeError where one is not what it must be."""
     with open_weights(folder) as files:
-        checks = list(_mean_checks(plan, files))
+        checks = [*_same_checks(plan.parts, files), *_mean_checks(plan, files)]
         if plan.method != "dense_merging":
             checks += _block_checks(plan, files)
     _hold(checks)
@@ -86,7 +87,7 @@ def measure(plan: Plan, folder: Path) -> Receipt:
 def measure_change(change: Change, folder: Path) -> Receipt:
     """The same for a model that got an expert, or lost one."""
     with open_weights(folder) as files:
-        checks = list(_change_checks(change, files))
+        checks = [*_same_checks(change.parts, files), *_change_checks(change, files)]
     _hold(checks)
     return Receipt(
         change.what,
@@ -116,7 +117,9 @@ def measure_stock(model: ModelFolder, parts: Sequence[Part], config: PreTrainedC
             gate_T1 = F.linear(x_TH, files.read(f"{path}.shared_expert_gate.weight")).sigmoid()
             stock += gate_T1 * mlp(files.read, f"{path}.shared_expert")
             blocks = max(blocks, _distance(stock, ours))
+        same = list(_same_checks(parts, files))
     checks = [
+        *same,
         Check("the plain router's weight is the folded rows", rows, BOUNDS[dtype]),
         Check("each block computes what it did, for the same routing", blocks, BOUNDS[dtype]),
     ]
@@ -125,10 +128,50 @@ def measure_stock(model: ModelFolder, parts: Sequence[Part], config: PreTrainedC
     return Receipt("export as qwen2_moe", [model.identity], said, checks, model.config.domain_space)
 
 
+def measure_copy(model: ModelFolder, parts: Sequence[Part], what: str, folder: Path) -> Receipt:
+    """The same for a Nexus model whose tensors stay as they are."""
+    with open_weights(folder) as files:
+        checks = list(_same_checks(parts, files))
+    _hold(checks)
+    said = {part.key: part.said for part in parts}
+    return Receipt(what, [model.identity], said, checks, model.config.domain_space)
+
+
 def _hold(checks: list[Check]) -> None:
     for check in checks:
         if not check.error <= check.bound:
             raise RuntimeError(f"what was written is wrong: {check.what}: differs by {check.error:.2e}")
+
+
+def _same_checks(parts: Sequence[Part], files: WeightFiles) -> Iterator[Check]:
+    """Whatever was copied, or made of nothing but a rule, is in the files to the bit: every byte of it is compared."""
+    for said, some, expected in (
+        (
+            "tensors that are copies are their source to the bit",
+            [part for part in parts if part.make is None and len(part.sources) == 1],
+            lambda part: part.sources[0][0].read(part.sources[0][1]),
+        ),
+        (
+            "tensors that are no copies or means are as they were made, to the bit",
+            [part for part in parts if part.make is not None],
+            lambda part: part.make(),
+        ),
+    ):
+        if some:
+            differing = sum(not _same_bits(files.read(part.key), expected(part)) for part in some)
+            yield Check(f"{len(some)} {said}", float(differing), 0.0)
+
+
+def _same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    if (found.dtype, found.shape) != (expected.dtype, expected.shape):
+        return False
+    # As bytes: a NaN equals itself, and zero is not minus zero.
+    return torch.equal(*(tensor.contiguous().view(-1).view(torch.uint8) for tensor in (found, expected)))
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    """Some elements, spread evenly over the tensor, in float64."""
+    return tensor.reshape(-1)[:: max(1, tensor.numel() // SAMPLED)].double()
 
 
 def _change_checks(change: Change, files: WeightFiles) -> Iterator[Check]:
@@ -159,9 +202,7 @@ def _change_checks(change: Change, files: WeightFiles) -> Iterator[Check]:
         yield Check(f"the new expert is the MLP of {new.name}", added, BOUNDS[dtype])
         worst = 0.0
         for key in change.merged:
-            found, ours, theirs = (
-                read(key).reshape(-1)[:SAMPLED].double() for read in (files.read, old.read, new.read)
-            )
+            found, ours, theirs = (_sample(read(key)) for read in (files.read, old.read, new.read))
             worst = max(worst, _distance(found, (1 - change.share) * ours + change.share * theirs))
         yield Check(f"{len(change.merged)} tensors took {change.share:.4g} of {new.name}", worst, BOUNDS[dtype])
 
@@ -170,8 +211,8 @@ def _mean_checks(plan: Plan, files: WeightFiles) -> Iterator[Check]:
     means = [part for part in plan.parts if len(part.sources) > 1]
     worst, bound = 0.0, 0.0
     for part in means:
-        found = files.read(part.key).reshape(-1)[:SAMPLED].double()
-        sources = [model.read(key).reshape(-1)[:SAMPLED].double() for model, key in part.sources]
+        found = _sample(files.read(part.key))
+        sources = [_sample(model.read(key)) for model, key in part.sources]
         worst = max(worst, _distance(found, torch.stack(sources).mean(0)))
         bound = max(bound, BOUNDS[part.entry.dtype])
     if means:

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, Qwen2MoeConfig
 from moe_dist.errors import UserError
 from moe_dist.methods.nexus.folders import ModelFolder, open_nexus
 from moe_dist.methods.nexus.parts import Part, filled, mean_of, write_model
-from moe_dist.methods.nexus.receipt import Receipt, measure_stock, router_of
+from moe_dist.methods.nexus.receipt import Receipt, measure_copy, measure_stock, router_of
 from moe_dist.models.nexus import configuration_nexus, modeling_nexus, router_nexus
 from moe_dist.models.shards import SHARD_BYTES, Entry
 
@@ -140,7 +140,5 @@ def _export_own(model: ModelFolder, out: str | Path, shard_bytes: int) -> Receip
     }
     parts = tuple(mean_of(key, key, (model,)) for key in model.tensors)
     code = [Path(module.__file__) for module in (configuration_nexus, router_nexus, modeling_nexus)]
-    receipt = Receipt(
-        "export with modeling code", [model.identity], {part.key: part.said for part in parts}, [], config.domain_space
-    )
-    return write_model(out, parts, config, model.folder, measure=lambda _: receipt, files=code, shard_bytes=shard_bytes)
+    looks = partial(measure_copy, model, parts, "export with modeling code")
+    return write_model(out, parts, config, model.folder, measure=looks, files=code, shard_bytes=shard_bytes)

@@ -42,7 +42,7 @@ def _domains(embedder: str = "given:test", names=("sums", "prose", "other", "cod
     )
 
 
-def _config(folder, family: str = "llama", *, dtype=torch.float32, same: bool = False, **nexus) -> NexusConfig:
+def config_of(folder, family: str = "llama", *, dtype=torch.float32, same: bool = False, **nexus) -> NexusConfig:
     """Folders of a seed and three experts, and a domain file; `same`: all four models are equal."""
     for number, name in enumerate(("seed", *NAMES)):
         if not (folder / name).exists():
@@ -65,7 +65,7 @@ def _logits(model) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", DENSE)
 def test_n3_every_tensor_comes_from_where_it_must(tmp_path, family, dtype):
-    upcycle(_config(tmp_path, family, dtype=dtype), tmp_path / "out", shard_bytes=40_000)
+    upcycle(config_of(tmp_path, family, dtype=dtype), tmp_path / "out", shard_bytes=40_000)
     seed, *experts = (file_tensors(tmp_path / name) for name in ("seed", *NAMES))
     domains, found = _domains(), file_tensors(tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
@@ -106,11 +106,11 @@ def test_n2_promises_hold_for_the_whole_model(tmp_path, family):
     for method, tops in (("btx", (1, 2, 3, 4)), ("sparse_upcycling", (1, 2, 4))):
         for top_k in tops:
             out = tmp_path / f"{method}{top_k}"
-            upcycle(_config(tmp_path, family, same=True, method=method, top_k=top_k), out)
+            upcycle(config_of(tmp_path, family, same=True, method=method, top_k=top_k), out)
             model = load_model(out)
             assert model.config.num_experts == 4
             assert distance(_logits(model), dense) < 1e-6
-    upcycle(_config(tmp_path, family, same=True), tmp_path / "nexus")
+    upcycle(config_of(tmp_path, family, same=True), tmp_path / "nexus")
     model = load_model(tmp_path / "nexus")
     x = torch.randn(2, 9, 32)
     for ours, theirs in zip(model.model.layers, _dense(tmp_path / "seed").model.layers, strict=True):
@@ -121,13 +121,13 @@ def test_n2_promises_hold_for_the_whole_model(tmp_path, family):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_and_their_receipts(tmp_path, method):
-    config = _config(tmp_path, method=method)
+    config = config_of(tmp_path, method=method)
     receipt = upcycle(config, tmp_path / "out")
     assert receipt.to_dict() == json.loads((tmp_path / "out" / "nexus_receipt.json").read_text())
     found = file_tensors(tmp_path / "out")
     assert sorted(receipt.tensors) == sorted(found)
     assert all(check.error <= check.bound <= 1e-6 for check in receipt.checks)
-    assert len(receipt.checks) == {"dense_merging": 1, "sparse_upcycling": 2}.get(method, 3)
+    assert len(receipt.checks) == {"dense_merging": 1, "sparse_upcycling": 4}.get(method, 5)
     text = receipt.render()
     assert "measured:" in text
     seed, *experts = (file_tensors(tmp_path / name) for name in ("seed", *NAMES))
@@ -153,7 +153,7 @@ def test_methods_and_their_receipts(tmp_path, method):
 
 
 def test_paper_router_takes_the_embeddings(tmp_path):
-    upcycle(_config(tmp_path, router="paper"), tmp_path / "out")
+    upcycle(config_of(tmp_path, router="paper"), tmp_path / "out")
     model = load_model(tmp_path / "out")
     domains = _domains()
     rows = [domains.names.index(name) for name in NAMES]
@@ -168,7 +168,7 @@ def test_paper_router_takes_the_embeddings(tmp_path):
 
 def test_the_same_command_gives_the_same_bits(tmp_path):
     for name, init_seed in (("a", 0), ("b", 0), ("c", 1)):
-        upcycle(_config(tmp_path, init_seed=init_seed), tmp_path / name)
+        upcycle(config_of(tmp_path, init_seed=init_seed), tmp_path / name)
     first = (tmp_path / "a" / "model.safetensors").read_bytes()
     assert first == (tmp_path / "b" / "model.safetensors").read_bytes()
     assert first != (tmp_path / "c" / "model.safetensors").read_bytes()
@@ -187,7 +187,7 @@ def test_mean_is_taken_in_float32(monkeypatch):
 
 
 def test_a_measurement_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    config = _config(tmp_path)
+    config = config_of(tmp_path)
     monkeypatch.setitem(receipt_module.BOUNDS, torch.float32, -1.0)
     with pytest.raises(RuntimeError, match="what was written is wrong"):
         upcycle(config, tmp_path / "out")
@@ -210,7 +210,7 @@ def _rewrite(folder, name: str, change) -> None:
 def test_what_does_not_fit_together_is_refused_before_anything_is_written(tmp_path):
     pristine = tmp_path / "pristine"
     pristine.mkdir()
-    _config(pristine)
+    config_of(pristine)
     up, norm = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
     faults = {
         "different vocabularies": lambda f: _change(f, "code", vocab_size=97),
@@ -230,7 +230,7 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_written(tmp_pa
     }
     for number, (said, fault) in enumerate(faults.items()):
         folder = shutil.copytree(pristine, tmp_path / str(number))
-        config = _config(folder)
+        config = config_of(folder)
         fault(folder)
         with pytest.raises(UserError, match=said):
             upcycle(config, folder / "out")
@@ -245,13 +245,13 @@ def test_settings_that_contradict_each_other(tmp_path):
         ("num_experts_per_tok=9: of 3 experts", {"top_k": 9}),
     ):
         with pytest.raises(UserError, match=said):
-            upcycle(_config(tmp_path, **nexus), tmp_path / "out")
-    config = _config(tmp_path)
+            upcycle(config_of(tmp_path, **nexus), tmp_path / "out")
+    config = config_of(tmp_path)
     config.nexus.method = "sparse_upcycling"
     with pytest.raises(UserError, match=r"remove nexus.experts"):
         upcycle(config, tmp_path / "out")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
-        upcycle(_config(tmp_path), tmp_path / "out")
+        upcycle(config_of(tmp_path), tmp_path / "out")
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
