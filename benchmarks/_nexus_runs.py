@@ -13,74 +13,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-from transformers.utils.logging import disable_progress_bar
 
+from benchmarks._nexus_arms import ARMS, EXTENDED, EXTENSIONS, MIXED, UPCYCLED
+from benchmarks._nexus_models import build, keep
 from benchmarks._nexus_routers import put_routers
+from benchmarks._nexus_search import score
 from benchmarks._quality_text import Domain, spaced
 from benchmarks._quality_training import drawn, losses_on, train
-from moe_dist.config.schema import DataSection, ModelSection, MoeSection, RunConfig, Source
+from moe_dist.config.schema import DataSection, MoeSection, Source
+from moe_dist.config.strict_json import read_json
 from moe_dist.methods.nexus.config import NexusConfig, NexusSection
 from moe_dist.methods.nexus.domains import embed
 from moe_dist.methods.nexus.extend import extend
 from moe_dist.methods.nexus.upcycle import upcycle
-from moe_dist.models import export_model
-from moe_dist.models.nexus.configuration_nexus import MODEL_TYPES
-from moe_dist.models.skeleton import read_config
 from moe_dist.models.surgery import moe_layers
-from moe_dist.parallel.grid import Grid
-from moe_dist.train.build import build_model, plan_model
 from moe_dist.train.schedule import learning_rate
-
-ARMS = {
-    "dense": "seed, continued",
-    "dense_all": "seed, continued for the experts' tokens too",
-    "merging": "dense merging",
-    "btx": "BTX",
-    "linear": "linear",
-    "cosine": "linear cosine",
-    "mlp": "MLP router of as many parameters",
-    "paper": "Nexus, as in the paper",
-    "prototype": "Nexus, prototype (default)",
-    "no_projection": "prototype, P_r = 0",
-    "residual": "residual cosine",
-}
-UPCYCLED = {
-    "merging": {"method": "dense_merging"},
-    "btx": {"method": "btx"},
-    **{arm: {"method": "linear"} for arm in ("linear", "cosine", "mlp")},
-    "paper": {"router": "paper"},
-    **{arm: {"router": "prototype"} for arm in ("prototype", "no_projection", "residual")},
-}
-EXTENSIONS = {
-    "reset": "linear, reset (the paper's baseline)",
-    "append": "linear, append",
-    "centroid": "linear, centroid",
-    "cosine": "linear cosine, centroid",
-    "paper": "Nexus, as in the paper",
-    "renormed": "Nexus, new row as long as the old ones",
-    "prototype": "Nexus, prototype (default)",
-    "no_projection": "prototype, P_r = 0",
-    "residual": "residual cosine",
-}
-EXTENDED = {  # arm -> (mixture that it begins with, options of the extension)
-    **{how: ("linear", {"linear_extend": how}) for how in ("reset", "append", "centroid")},
-    "cosine": ("cosine", {"linear_extend": "centroid"}),
-    "renormed": ("paper", {"renorm_new": True}),
-    **{arm: (arm, {}) for arm in ("paper", "prototype", "no_projection", "residual")},
-}
-MIXED = tuple(dict.fromkeys(mixture for mixture, _ in EXTENDED.values()))  # mixtures that go on, whose weights are kept
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the experiment. In a stage all arms see the same windows in the same order.
+    """Sizes of the experiment. In a stage all arms see the same windows in the same order, at the same learning rate.
 
-    documents: windows of a domain that its embedding is made from. windows: held-out windows of a domain.
-    budgets: steps of an extension after which losses are taken.
+    budgets: steps of an extension after which losses are taken. rates: what is searched, see `Experiment.rate`.
+    documents: windows of a domain that its embedding is made from. windows: held-out windows of a domain, and as many
+    again for the search.
     """
 
     hidden: int = 96
@@ -88,12 +45,13 @@ class Settings:
     layers: int = 3
     length: int = 128
     batch: int = 16
-    seed_steps: int = 1000
-    expert_steps: int = 250
-    mix_steps: int = 300
+    seed_steps: int = 800
+    expert_steps: int = 200
+    mix_steps: int = 250
     budgets: tuple[int, ...] = (0, 15, 40, 100)
     seed_rate: float = 3e-3
-    rate: float = 1e-3
+    expert_rate: float = 1e-3
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     balance_coef: float = 0.05
     weight_decay: float = 0.1
     documents: int = 256
@@ -121,11 +79,17 @@ class Experiment:
 
     def __init__(self, settings: Settings, old: Sequence[str], new: Sequence[str], domains: dict[str, Domain], folder):
         self.settings, self.old, self.new, self.domains, self.folder = settings, old, new, domains, Path(folder)
-        self.held_out = {n: spaced(d.held_out, settings.windows, settings.length) for n, d in domains.items()}
+        both = {n: spaced(d.held_out, 2 * settings.windows, settings.length) for n, d in domains.items()}
+        self.held_out = {name: rows_BL[1::2] for name, rows_BL in both.items()}
+        self.searched = {name: rows_BL[0::2] for name, rows_BL in both.items()}
 
-    def jobs(self) -> list[str]:
+    def jobs(self, seed: int) -> list[str]:
         """Names of a seed's trainings, in an order in which each finds what it needs."""
-        names = ["seed", *(f"expert-{domain}" for domain in (*self.old, *self.new)), *(f"mix-{arm}" for arm in ARMS)]
+        first, rates = seed == self.settings.seeds[0], self.settings.rates
+        names = ["seed", *(f"expert-{domain}" for domain in (*self.old, *self.new))]
+        names += [f"search-mix-{rate}" for rate in rates if first]
+        names += [f"mix-{arm}" for arm in ARMS]
+        names += [f"search-extend-{domain}-{rate}" for domain in self.new for rate in rates if first]
         return names + [f"extend-{domain}-{arm}" for domain in self.new for arm in EXTENSIONS]
 
     def steps(self, job: str) -> int:
@@ -133,26 +97,35 @@ class Experiment:
         if job == "mix-dense_all":
             return len(self.old) * s.expert_steps + s.mix_steps
         stages = {"seed": s.seed_steps, "expert": s.expert_steps, "mix": s.mix_steps, "extend": s.budgets[-1]}
-        return stages[job.partition("-")[0]]
+        return stages[job.removeprefix("search-").partition("-")[0]]
+
+    def file(self, seed: int, job: str) -> Path:
+        """Where the result of a finished training is kept."""
+        return self.folder / f"seed{seed}-{job}.json"
+
+    def finished(self) -> dict[int, dict[str, dict]]:
+        """{seed: {name of a training: what came out}}."""
+        files = {seed: {job: self.file(seed, job) for job in self.jobs(seed)} for seed in self.settings.seeds}
+        return {seed: {job: read_json(f) for job, f in jobs.items() if f.is_file()} for seed, jobs in files.items()}
 
     def run(self, seed: int, job: str) -> dict:
         """Do a training; its trace has, by steps done, loss and routing of each domain's held-out windows."""
-        kind, _, rest = job.partition("-")
-        if kind == "seed":
-            return self._seed(seed)
-        if kind == "expert":
-            return self._expert(seed, rest)
-        if kind == "mix":
-            return self._mix(seed, rest)
-        return self._extend(seed, *rest.split("-"))
+        kind, *names = job.split("-")
+        do = {"seed": self._seed, "expert": self._expert, "mix": self._mix, "extend": self._extend}
+        return self._search(seed, job, *names) if kind == "search" else do[kind](seed, job, *names)
 
-    def _seed(self, seed: int) -> dict:
-        s, folder = self.settings, self._place(seed, "seed")
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**s.architecture()), dtype=torch.float32)
-        run = self._train(model, seed, "seed", self.old, stage=0, rate=s.seed_rate)
-        self._keep(model, folder)
-        byte_tokenizer().save_pretrained(folder)
+    def rate(self, stage: str) -> float:
+        """The learning rate of a stage, `mix` or `extend`: of `rates` the one that is best for a linear router.
+
+        Tried on the first seed (an extension: with a row appended) and on held-out windows that are in no table.
+        """
+        jobs = self.finished()[self.settings.seeds[0]]
+        return min(self.settings.rates, key=lambda rate: score(jobs, stage, rate, old=self.old, new=self.new))
+
+    def _seed(self, seed: int, job: str) -> dict:
+        model = build(config=self.settings.architecture(), seed=seed)
+        run = self._train(model, seed, job, self.old, stage=0, rate=self.settings.seed_rate, also=self.new)
+        keep(model, self._place(seed, "seed"))
         documents = self._place(seed, "documents")
         documents.mkdir(exist_ok=True)
         old = self._nexus(seed, documents, self.old)
@@ -163,45 +136,58 @@ class Experiment:
         shutil.rmtree(documents)
         return run
 
-    def _expert(self, seed: int, domain: str) -> dict:
-        model = _model(self._place(seed, "seed"))
+    def _expert(self, seed: int, job: str, domain: str) -> dict:
+        model = build(path=str(self._place(seed, "seed")))
         stage = 10 + list(self.domains).index(domain)
-        run = self._train(model, seed, f"expert-{domain}", [domain], stage=stage, rate=self.settings.rate)
-        self._keep(model, self._place(seed, f"expert-{domain}"))
+        run = self._train(model, seed, job, [domain], stage=stage, rate=self.settings.expert_rate, also=self.new)
+        keep(model, self._place(seed, job))
         return run
 
-    def _mix(self, seed: int, arm: str) -> dict:
-        torch.manual_seed(seed)  # the MLP router's weights
-        folder, job = self._place(seed, f"mix-{arm}"), f"mix-{arm}"
-        if arm in UPCYCLED:
-            section = self._section(seed, self.old, domains=str(self._place(seed, "domains.safetensors")))
-            shutil.rmtree(folder, ignore_errors=True)
-            upcycle(NexusConfig(nexus=NexusSection(**section, init_seed=seed, **UPCYCLED[arm])), folder)
-            model = _model(folder)
-            shutil.rmtree(folder)
-            if moe_layers(model):
-                put_routers(model, arm, fresh=True)
-        else:
-            model = _model(self._place(seed, "seed"))
-        steps = self.steps(job)
-        run = self._train(model, seed, job, self.old, stage=1, rate=self.settings.rate, measured_at=(0, steps))
+    def _mix(self, seed: int, job: str, arm: str) -> dict:
+        model = self._upcycled(seed, arm) if arm in UPCYCLED else build(path=str(self._place(seed, "seed")))
+        run = self._train(model, seed, job, self.old, stage=1, rate=self.rate("mix"), measured_at=(0,))
         if arm in MIXED:
-            self._keep(model, folder)
+            keep(model, self._place(seed, job))
         return run
 
-    def _extend(self, seed: int, domain: str, arm: str) -> dict:
-        s, folder, job = self.settings, self._place(seed, f"extend-{domain}-{arm}"), f"extend-{domain}-{arm}"
-        mixture, options = EXTENDED[arm]
+    def _extend(self, seed: int, job: str, domain: str, arm: str) -> dict:
+        return self._train_extended(self._extended(seed, domain, arm), seed, job, domain, rate=self.rate("extend"))
+
+    def _search(self, seed: int, job: str, stage: str, *rest: str) -> dict:
+        rate = float(rest[-1])
+        if stage == "extend":
+            model = self._extended(seed, rest[0], "append")
+            return self._train_extended(model, seed, job, rest[0], rate=rate, search=True)
+        return self._train(self._upcycled(seed, "linear"), seed, job, self.old, stage=1, rate=rate, search=True)
+
+    def _upcycled(self, seed: int, arm: str) -> nn.Module:
+        torch.manual_seed(seed)  # the MLP router's weights
+        folder = self._place(seed, f"upcycled-{arm}")
+        section = self._section(seed, self.old, domains=str(self._place(seed, "domains.safetensors")))
+        shutil.rmtree(folder, ignore_errors=True)
+        upcycle(NexusConfig(nexus=NexusSection(**section, init_seed=seed, **UPCYCLED[arm])), folder)
+        model = build(path=str(folder))
+        shutil.rmtree(folder)
+        if moe_layers(model):
+            put_routers(model, arm, fresh=True)
+        return model
+
+    def _extended(self, seed: int, domain: str, arm: str) -> nn.Module:
+        folder, (mixture, options) = self._place(seed, f"extended-{arm}"), EXTENDED[arm]
         section = self._section(seed, [domain], domains=str(self._place(seed, f"domains-{domain}.safetensors")))
         section |= {"model": str(self._place(seed, f"mix-{mixture}")), "init_seed": seed}
         shutil.rmtree(folder, ignore_errors=True)
         extend(NexusConfig(nexus=NexusSection(**section, **options)), folder)
-        model = _model(folder)
+        model = build(path=str(folder))
         shutil.rmtree(folder)
         put_routers(model, arm, fresh=False)
+        return model
+
+    def _train_extended(self, model: nn.Module, seed: int, job: str, domain: str, *, rate: float, search=False) -> dict:
+        s = self.settings
         half = [domain] * len(self.old) + list(self.old)  # half of the windows are the new domain's
-        stage = 2 + self.new.index(domain)
-        return self._train(model, seed, job, half, stage=stage, rate=s.rate, measured_at=s.budgets, also=domain)
+        plan = {"stage": 2 + self.new.index(domain), "rate": rate, "constant": True, "measured_at": s.budgets}
+        return self._train(model, seed, job, half, **plan, also=[domain], search=search)
 
     def _train(
         self,
@@ -213,20 +199,25 @@ class Experiment:
         stage: int,
         rate: float,
         measured_at: Sequence[int] = (),
-        also: str | None = None,
+        also: Sequence[str] = (),
+        search: bool = False,
+        constant: bool = False,
     ) -> dict:
-        """Cosine to a tenth of the rate after a tenth of warming up, but an extension at one rate: any of its budgets
-        could be the last."""
+        """Train on the domains `names`, and measure on the old ones and those in `also`, at the end at least.
+
+        Cosine to a tenth of the rate after a tenth of warming up. constant: one rate; any step could be the last.
+        """
         s, steps = self.settings, self.steps(job)
 
         def rate_at(step: int) -> float:
-            if job.startswith("extend"):
+            if constant:
                 return rate
             return learning_rate("cosine", step, peak=rate, total=steps, warmup=max(1, steps // 10), min_ratio=0.1)
 
         number = 1_000_003 * seed + stage
         rows = drawn([self.domains[name] for name in names], batch=s.batch, length=s.length, seed=number)
-        shown = {name: self.held_out[name] for name in (*self.old, *([also] if also else []))}
+        held_out = self.searched if search else self.held_out
+        shown = {name: held_out[name] for name in (*self.old, *also)}
         routed = bool(moe_layers(model))
         run = train(
             model,
@@ -236,9 +227,13 @@ class Experiment:
             weight_decay=s.weight_decay,
             moe=MoeSection(balance_loss="layer_global", balance_coef=s.balance_coef) if routed else None,
             measure=lambda: self._measure(model, shown),
-            measured_at=measured_at,
+            measured_at={*measured_at, steps},
         )
-        return run | {"steps": steps, "parameters": sum(parameter.numel() for parameter in model.parameters())}
+        return run | {
+            "steps": steps,
+            "rate": rate,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        }
 
     def _measure(self, model: nn.Module, rows: dict[str, torch.Tensor]) -> dict:
         """{"loss": {domain: nats per byte}, "share": {domain: {expert: share of tokens, mean over layers}}}."""
@@ -270,30 +265,3 @@ class Experiment:
 
     def _place(self, seed: int, name: str) -> Path:
         return self.folder / f"seed{seed}" / name
-
-    def _keep(self, model: nn.Module, folder: Path) -> None:
-        folder.parent.mkdir(exist_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
-        if model.config.model_type in MODEL_TYPES:
-            export_model(model, folder)
-        else:
-            model.save_pretrained(folder)
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Token i is the byte i; documents end with a zero byte."""
-    names = bytes_to_unicode()
-    vocabulary = {character: byte for byte, character in names.items()}
-    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=names[0])
-
-
-def _model(folder: Path) -> nn.Module:
-    """A mixture as runs of the framework build it; a dense model is transformers' own."""
-    disable_progress_bar()
-    if read_config(folder).model_type not in MODEL_TYPES:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    config = RunConfig(model=ModelSection(path=str(folder)))
-    return build_model(config, plan_model(config, Grid.single()), Grid.single())

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks import _harness
-from benchmarks._nexus_runs import ARMS, EXTENSIONS, Settings
+from benchmarks._nexus_arms import ARMS, EXTENSIONS
+from benchmarks._nexus_runs import Settings
+from benchmarks._nexus_search import score
 from benchmarks._quality_training import shown, verdict
 
 ENOUGH = 3  # seeds: fewer say nothing
@@ -27,8 +29,7 @@ class Results:
         found = {}
         for seed, jobs in self.jobs.items():
             if f"mix-{arm}" in jobs:
-                trace = jobs[f"mix-{arm}"]["trace"]
-                first, last = trace["0"], trace[max(trace, key=int)]
+                first, last = jobs[f"mix-{arm}"]["trace"]["0"], _last(jobs[f"mix-{arm}"])
                 found[seed] = {
                     "before": _mean(first["loss"], self.old),
                     "loss": _mean(last["loss"], self.old),
@@ -61,8 +62,47 @@ class Results:
 
 def render(results: Results) -> str:
     """All tables and claims that something is finished for."""
-    parts = [_upcycling(results), _extension(results), _claims(results)]
-    return "\n".join(part for part in parts if part) or "\nNo mixture is finished yet."
+    made = (_dense, _search, _upcycling, _own, _extension, _claims)
+    return "\n".join(part for part in (make(results) for make in made) if part) or "\nNo expert is finished yet."
+
+
+def _dense(results: Results) -> str:
+    """What each dense expert has learned, and what it cost elsewhere."""
+    lines = []
+    for domain in (*results.old, *results.new):
+        found = []
+        for jobs in results.jobs.values():
+            if f"expert-{domain}" in jobs:
+                before, after = (_last(jobs[job])["loss"] for job in ("seed", f"expert-{domain}"))
+                others = [name for name in results.old if name != domain]
+                found.append((before[domain], after[domain], _mean(before, others), _mean(after, others)))
+        if found:
+            cells = [domain, str(len(found)), *(shown(values) for values in zip(*found, strict=True))]
+            lines.append("| " + " | ".join(cells) + " |")
+    head = [
+        "\n## Dense experts\n\nMean ± standard deviation over seeds.\n",
+        "| domain | seeds | seed, on it | its expert, on it | seed, on the other old ones | its expert, on those |",
+        "|---|---|---|---|---|---|",
+    ]
+    return "\n".join(head + lines) if lines else ""
+
+
+def _search(results: Results) -> str:
+    rates, first = results.settings.rates, results.settings.seeds[0]
+    lines = []
+    for stage, name in (("mix", "linear, upcycled"), ("extend", "linear, append")):
+        scores = [score(results.jobs[first], stage, rate, old=results.old, new=results.new) for rate in rates]
+        if None not in scores:
+            cells = [f"**{one:.4f}**" if one == min(scores) else f"{one:.4f}" for one in scores]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    head = [
+        "\n## Search of the learning rate\n\nIn bold the rate that suits a linear router best: all arms have it. Mean "
+        f"losses of seed {first}, on windows that\nare in no other table; of extensions, on new and old domains and at "
+        "all budgets.\n",
+        f"| | {' | '.join(f'{rate:g}' for rate in rates)} |",
+        "|---" * (1 + len(rates)) + "|",
+    ]
+    return "\n".join(head + lines) if lines else ""
 
 
 def _upcycling(results: Results) -> str:
@@ -89,6 +129,21 @@ def _upcycling(results: Results) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join(head + lines)
+
+
+def _own(results: Results) -> str:
+    lines = []
+    for arm, name in ARMS.items():
+        shares = [_last(jobs[f"mix-{arm}"])["share"] for jobs in results.jobs.values() if f"mix-{arm}" in jobs]
+        if shares and shares[0]:
+            cells = [shown([share[domain][domain] for share in shares], digits=2) for domain in results.old]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    head = [
+        "\n### Share of each domain's tokens that its own expert gets, after training\n",
+        f"| arm | {' | '.join(results.old)} |",
+        "|---" * (1 + len(results.old)) + "|",
+    ]
+    return "\n".join(head + lines) if lines else ""
 
 
 def _extension(results: Results) -> str:
@@ -174,6 +229,10 @@ def _row(case: str, values: dict[int, tuple[float, float]], peer: str) -> dict:
 def _differences(results: Results, better: str, worse: str, key: str, budget: int) -> dict[int, float]:
     found, other = results.extended(better, budget), results.extended(worse, budget)
     return {seed: found[seed][key] - other[seed][key] for seed in found if seed in other}
+
+
+def _last(job: dict) -> dict:
+    return job["trace"][max(job["trace"], key=int)]
 
 
 def _mean(values: dict[str, float], names: Sequence[str]) -> float:

@@ -14,7 +14,7 @@ arm goes on from there for the same tokens on all of them:
 Then two domains that nothing has seen each extend the mixtures by an expert; half of the training is the new domain's.
 Reported are losses at several budgets, and what the new expert gets. Rows of a linear router are reset (the paper's
 baseline), appended, or put at the domain's centroid. Where the direction of a claim can be tested, the line says what
-came out, whatever it is. All arms of a stage train at one learning rate, which is not searched.
+came out, whatever it is. All arms of a stage train at one learning rate: the one that suits a linear router best.
 
 Every training that is finished is kept in the folder of --work, so that the same command goes on where it stopped. By
 default no training begins that would probably end later than --minutes after the start.
@@ -35,7 +35,7 @@ from benchmarks import _harness, _nexus_tables
 from benchmarks._nexus_runs import Experiment, Settings
 from benchmarks._quality_command import folder_of, parser_of
 from benchmarks._quality_text import Domain, whole_domains
-from moe_dist.config.strict_json import read_json, write_json
+from moe_dist.config.strict_json import write_json
 from moe_dist.data.atomic import locked
 from moe_dist.errors import UserError
 
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n**Only {len(domains)} domains of text are on this machine: fewer than the eight that are meant.**")
     if left:
         print(f"\n**{left} trainings are left; the same command goes on.**")
-    results = _nexus_tables.Results(settings, old, new, finished(experiment))
+    results = _nexus_tables.Results(settings, old, new, experiment.finished())
     print(_nexus_tables.render(results))
     if options.json:
         rows = [row | {"made_by": made_by} for row in _nexus_tables.rows(results)]
@@ -115,29 +115,16 @@ def work_through(experiment: Experiment, *, seconds: float) -> int:
     """Do the trainings that are not finished, at least one; the number that are left."""
     start = time.perf_counter()
     seeds = experiment.settings.seeds
-    left = [(s, job) for s in seeds for job in experiment.jobs() if not job_file(experiment.folder, s, job).is_file()]
+    left = [(seed, job) for seed in seeds for job in experiment.jobs(seed) if not experiment.file(seed, job).is_file()]
     for done, (seed, job) in enumerate(left):
         guess = SECONDS_A_STEP * experiment.steps(job)
         if done and time.perf_counter() - start + guess > seconds:
             return len(left) - done
         begin = time.perf_counter()
         result = experiment.run(seed, job) | {"wall_seconds": round(time.perf_counter() - begin, 1)}
-        write_json(job_file(experiment.folder, seed, job), result)
+        write_json(experiment.file(seed, job), result)
         print(f"seed {seed}, {job}: {time.perf_counter() - begin:.1f} s", file=sys.stderr)
     return 0
-
-
-def finished(experiment: Experiment) -> dict[int, dict[str, dict]]:
-    """{seed: {name of a training: what came out}}."""
-    files = {
-        seed: {job: job_file(experiment.folder, seed, job) for job in experiment.jobs()}
-        for seed in experiment.settings.seeds
-    }
-    return {seed: {job: read_json(f) for job, f in jobs.items() if f.is_file()} for seed, jobs in files.items()}
-
-
-def job_file(folder: Path, seed: int, job: str) -> Path:
-    return folder / f"seed{seed}-{job}.json"
 
 
 def versions() -> dict[str, str]:

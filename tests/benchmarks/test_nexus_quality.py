@@ -11,8 +11,10 @@ from torch.nn import functional as F
 
 from benchmarks import _nexus_tables as tables
 from benchmarks import nexus_quality
+from benchmarks._nexus_arms import ARMS, EXTENSIONS
+from benchmarks._nexus_models import byte_tokenizer
 from benchmarks._nexus_routers import KINDS
-from benchmarks._nexus_runs import ARMS, EXTENSIONS, byte_tokenizer
+from benchmarks._nexus_search import score
 from moe_dist.models.nexus.configuration_nexus import NexusLlamaConfig
 from moe_dist.models.nexus.router_nexus import PaperRouter
 
@@ -44,8 +46,15 @@ def test_every_arm_is_trained_on_every_seed_and_shown(finished):
     folder, rows, printed = finished
     identity = json.loads((folder / "identity.json").read_text())
     done = trainings(folder)
-    assert len(done) == 3 * (1 + len(identity["domains"]) + len(ARMS) + len(identity["new"]) * len(EXTENSIONS))
+    new, rates = len(identity["new"]), len(SMOKE.rates)
+    searches = rates * (1 + new)  # on the first seed alone
+    assert len(done) == searches + 3 * (1 + len(identity["domains"]) + len(ARMS) + new * len(EXTENSIONS))
     upcycled, extended = printed.split("## Extension")
+    dense, upcycled = upcycled.split("## Upcycling")
+    for domain in identity["domains"]:
+        assert dense.count(f"| {domain} | 3 |") == 1
+    own = upcycled[upcycled.index("### Share of") :]
+    assert [name for name in ARMS.values() if f"| {name} | " in own] == list(ARMS.values())[3:]  # those with experts
     for name in ARMS.values():
         assert upcycled.count(f"| {name} | 3 |") == 1
     for name in EXTENSIONS.values():
@@ -82,6 +91,23 @@ def test_arms_see_as_many_tokens_and_are_what_they_are_called_after(finished):
         assert bool(trace["0"]["share"]) == (arm not in ("dense", "dense_all", "merging"))
 
 
+def test_all_arms_have_the_rate_that_was_found(finished):
+    folder, _, printed = finished
+    identity, done = json.loads((folder / "identity.json").read_text()), trainings(folder)
+    new = identity["new"]
+    first = {name.removeprefix("seed0-"): run for name, run in done.items() if name.startswith("seed0-")}
+    for stage in ("mix", "extend"):
+        scores = {rate: score(first, stage, rate, old=identity["old"], new=new) for rate in SMOKE.rates}
+        assert len(set(scores.values())) == len(scores)
+        best = min(scores, key=scores.get)
+        assert {run["rate"] for name, run in done.items() if name[6:].startswith(f"{stage}-")} == {best}
+        assert f"**{scores[best]:.4f}**" in printed
+    # The same training as one of the arms, measured on other windows.
+    best = first["extend-fr-append"]["rate"]
+    seen, other = (first[name]["trace"]["0"]["loss"] for name in ("extend-fr-append", f"search-extend-fr-{best}"))
+    assert all(seen[domain] != other[domain] for domain in seen)
+
+
 def test_extensions_differ_by_their_rows_alone(finished):
     """Before any step: one set of weights, so losses of arms with one trained mixture differ by who is chosen."""
     folder, _, _ = finished
@@ -116,7 +142,7 @@ def test_without_time_one_training_is_done_and_the_rest_is_told(finished, monkey
     (other,) = (path.parent for path in finished[0].parent.glob("*/identity.json") if path.parent != finished[0])
     assert [path.name for path in other.glob("seed*.json")] == ["seed0-seed.json"]
     assert "trainings are left" in printed
-    assert "No mixture is finished yet" in printed
+    assert "No expert is finished yet" in printed
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -148,6 +174,16 @@ def test_routers_of_the_benchmark_are_their_formulas(kind):
 def test_a_token_is_a_byte():
     text = "ä\0 b\n\n  中 def f(x):\t'"
     assert byte_tokenizer()(text)["input_ids"] == list(text.encode())
+
+
+def test_a_rate_is_judged_by_means_over_domains():
+    def run(*points):
+        return {"trace": {str(step): {"loss": dict(zip("abx", point, strict=True))} for step, point in points}}
+
+    jobs = {"search-mix-0.1": run((0, (9, 9, 9)), (10, (1, 2, 9))), "search-extend-x-0.1": run((0, (1, 3, 5)))}
+    assert score(jobs, "mix", 0.1, old=["a", "b"], new=["x"]) == 1.5
+    assert score(jobs, "extend", 0.1, old=["a", "b"], new=["x"]) == 3.5
+    assert score(jobs, "extend", 0.1, old=["a", "b"], new=["x", "y"]) is None
 
 
 def test_figures_by_hand():
