@@ -1,6 +1,7 @@
 """Write a run or a checkpoint as a Hugging Face folder: weights, config, tokenizer.
 
 Plain transformers loads the folder, and `model.path` of another run takes it. A run means its newest checkpoint.
+Of a run with LoRA (lora.rank) it is the adapter that is written, as PEFT keeps it: PeftModel.from_pretrained loads it.
 
 examples:
   moe-dist export runs/tiny exported

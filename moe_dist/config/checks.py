@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from moe_dist.config.keys import fields_of
-from moe_dist.config.schema import RunConfig, Source
+from moe_dist.config.schema import RunConfig, Source, TrainableSection
 from moe_dist.errors import UserError
 
 
@@ -20,6 +20,7 @@ def validate(config: RunConfig) -> None:
     _train(config)
     _parallel(config)
     _trainable(config)
+    _lora(config)
 
 
 def check_paths(config: RunConfig) -> None:
@@ -202,3 +203,18 @@ def _trainable(config: RunConfig) -> None:
             raise UserError(f"trainable.experts.{layer}: has to be the index of a layer, as in 3: [0, 7]")
         if any(expert < 0 for expert in ids) or len(set(ids)) != len(ids):
             raise UserError(f"trainable.experts.{layer}={ids}: expert ids count from 0 and appear once")
+
+
+def _lora(config: RunConfig) -> None:
+    lora = config.lora
+    if not lora.rank:
+        return
+    if config.model.path is None:
+        raise UserError(f"lora.rank={lora.rank}: an adapter belongs to a stored model; set model.path to its folder")
+    if config.trainable != TrainableSection():
+        raise UserError(
+            f"lora.rank={lora.rank}: with LoRA nothing of the model itself trains; leave out the section trainable, "
+            "and choose layers by lora.targets"
+        )
+    if not lora.targets or (len(lora.targets) > 1 and "all-linear" in lora.targets):
+        raise UserError(f"lora.targets={lora.targets}: name linear layers, or all-linear alone")

@@ -129,7 +129,10 @@ def _typed(tree: dict[str, Any], origin: str, schema: type[Schema] = RunConfig) 
 
 
 def _normalise(tree: dict[str, Any]) -> None:
-    """Write the short forms of data sources out: 'file', one mapping of a source, {name: source}."""
+    """Write short forms out: of data sources 'file', one mapping of a source, {name: source}; of LoRA one target."""
+    lora = tree.get("lora")
+    if isinstance(lora, dict) and isinstance(lora.get("targets"), str):
+        lora["targets"] = [lora["targets"]]
     data = tree.get("data")
     if not isinstance(data, dict):
         return

@@ -190,6 +190,19 @@ class TrainableSection:
 
 
 @dataclass
+class LoraSection:
+    """LoRA on a dense model: its tensors train, and nothing else. Built by PEFT, exported as an adapter of PEFT."""
+
+    rank: int = key(0, "Rank of A and B; 0 = no LoRA. Of a run with LoRA, `export` writes the adapter.", low=0)
+    alpha: float = key(16.0, "What A and B add is scaled by alpha / rank.", above=0)
+    dropout: float = key(0.0, "Share of the inputs of A that training drops.", low=0, high=0.9)
+    targets: list[str] = key(
+        ["all-linear"], "Linear layers, by name or its end (q_proj); all-linear: all but the output layer."
+    )
+    seed: int = key(0, "Seed of A; B starts at zero, so that training starts at the base model.", low=0)
+
+
+@dataclass
 class CheckpointSection:
     every: int = key(0, "Steps between checkpoints; 0 = none but the last.", low=0, free=True)
     keep: int = key(2, "Newest checkpoints that are kept.", low=1, free=True)
@@ -217,5 +230,6 @@ class RunConfig:
     moe: MoeSection = key(MoeSection, "Routing losses and dispatch.")
     train: TrainSection = key(TrainSection, "Optimizer, schedule, precision.")
     trainable: TrainableSection = key(TrainableSection, "What trains and what is frozen.")
+    lora: LoraSection = key(LoraSection, "LoRA: small matrices that train beside a frozen dense model.")
     checkpoint: CheckpointSection = key(CheckpointSection, "When checkpoints are written.")
     logging: LoggingSection = key(LoggingSection, "Where metrics go besides metrics.jsonl.")

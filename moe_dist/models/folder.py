@@ -6,11 +6,13 @@ that disagrees with its files is told apart and named; the data is then read thr
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -125,6 +127,20 @@ def open_weights(folder: Path) -> WeightFiles:
     if missing:
         raise UserError(f"{folder}: {INDEX} lists tensors that no shard holds: {_some(missing)}")
     return WeightFiles(found)
+
+
+def open_file(file: Path) -> WeightFiles:
+    """The tensors of one safetensors file. Raises UserError for one that is truncated or damaged."""
+    return WeightFiles(_header(file))
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Size and sha256 of a file, as the manifest of an adapter has them."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def _read_index(index: Path) -> dict[str, str]:

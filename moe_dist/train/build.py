@@ -7,13 +7,16 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from moe_dist.config.expert_files import read_summary
-from moe_dist.config.schema import RunConfig
+from moe_dist.config.schema import RunConfig, TrainableSection
 from moe_dist.data.offline_tokenizer import OFFLINE, offline_tokenizer
 from moe_dist.errors import UserError
 from moe_dist.models.initialising import init_model
 from moe_dist.models.loading import load_model, resolve_folder
+from moe_dist.models.lora import PARAMETERS as LORA_PARAMETERS
+from moe_dist.models.lora import inject_lora
 from moe_dist.models.nexus.configuration_nexus import CONFIGS as DENSE_FAMILIES
 from moe_dist.models.recompute import enable_recompute
 from moe_dist.models.skeleton import build_skeleton, make_config, read_config
@@ -52,23 +55,29 @@ def plan_model(config: RunConfig, grid: Grid) -> ModelPlan:
     else:
         architecture = read_config(folder)
     dtype = getattr(torch, config.model.dtype or "float32")
-    skeleton = build_skeleton(architecture, dtype)
-    skeleton.tie_weights(recompute_mapping=False)  # a tied tensor is one parameter, under one name
-    dense = architecture.model_type in DENSE_FAMILIES  # what Nexus upcycles is trained here too
-    layers = swap(skeleton, grid, device="meta", dense=dense)
+    dense = _dense_allowed(config, architecture)
+
+    def build(**where) -> tuple[nn.Module, list]:
+        skeleton = build_skeleton(architecture, dtype)
+        skeleton.tie_weights(recompute_mapping=False)  # a tied tensor is one parameter, under one name
+        layers = swap(skeleton, grid, device="meta", dense=dense, **where)
+        if config.lora.rank:
+            inject_lora(skeleton, config.lora)
+        return skeleton, layers
+
+    skeleton, layers = build()
     routers = [layer.origin.router[0] for _, layer in layers if layer.origin.router is not None]
-    selection = select(config.trainable, skeleton, routers)
+    trainable = TrainableSection(include=list(LORA_PARAMETERS)) if config.lora.rank else config.trainable
+    selection = select(trainable, skeleton, routers)
     placement = _placement(config, layers, selection, grid)
     # Again with the placement now known, so that the skeleton has the spans that the model will have.
-    skeleton = build_skeleton(architecture, dtype)
-    skeleton.tie_weights(recompute_mapping=False)
-    swap(skeleton, grid, trainable=selection.experts, placement=placement, device="meta", dense=dense)
+    skeleton, _ = build(trainable=selection.experts, placement=placement)
     return ModelPlan(skeleton, selection, placement, folder)
 
 
 def build_model(config: RunConfig, plan: ModelPlan, grid: Grid) -> nn.Module:
     """The transformers model with this rank's experts, in training mode, frozen where the plan says so."""
-    dense = plan.skeleton.config.model_type in DENSE_FAMILIES
+    dense = _dense_allowed(config, plan.skeleton.config)
     where = {"trainable": plan.selection.experts, "placement": plan.placement, "dense": dense}
     if plan.folder is None:
         dtype = config.model.dtype or "float32"
@@ -80,6 +89,8 @@ def build_model(config: RunConfig, plan: ModelPlan, grid: Grid) -> nn.Module:
             model.set_attn_implementation(config.model.attention)
         except (ValueError, ImportError) as error:
             raise UserError(f"model.attention={config.model.attention}: {error}") from None
+    if config.lora.rank:
+        inject_lora(model, config.lora)
     freeze(model, plan.selection)
     for _, layer in moe_layers(model):
         layer.capacity_factor = config.moe.capacity_factor
@@ -114,6 +125,11 @@ def load_tokenizer(config: RunConfig, plan: ModelPlan):
             "they do not belong together"
         )
     return tokenizer
+
+
+def _dense_allowed(config: RunConfig, architecture: PreTrainedConfig) -> bool:
+    """Whether a model without routed experts is meant: what Nexus upcycles is trained here, and any base of LoRA."""
+    return config.lora.rank > 0 or architecture.model_type in DENSE_FAMILIES
 
 
 def _placement(config: RunConfig, layers: list, selection: Selection, grid: Grid) -> Seating:

@@ -20,6 +20,7 @@ from moe_dist.train import run_folder, state
 from moe_dist.train.build import ModelPlan, build_model, load_tokenizer, plan_model
 from moe_dist.train.evaluate import held_out
 from moe_dist.train.loop import to_device
+from moe_dist.train.lora import write_adapter
 from moe_dist.train.routing import Routing
 from moe_dist.train.start import start_ranks
 
@@ -40,14 +41,17 @@ def chosen_checkpoint(source: str | Path, *, group: Group = SINGLE) -> Path:
 def export_run(source: str | Path, out: str | Path) -> tuple[Path, int]:
     """Write the model of a run (see `chosen_checkpoint`) or of one checkpoint as a Hugging Face folder. One process.
 
-    Weights have the dtype in which the run's model is stored; the fp32 masters are rounded to it once. Returns the
-    folder and the checkpoint's step. Raises UserError where there is no run or no complete checkpoint.
+    Weights have the dtype in which the run's model is stored; the fp32 masters are rounded to it once. Of a run with
+    LoRA it is the adapter that is written, in PEFT's format. Returns the folder and the checkpoint's step. Raises
+    UserError where there is no run or no complete checkpoint.
     """
     source, grid = Path(source), Grid.single()
     folder = run_of(source)
     config = load(folder / run_folder.CONFIG, paths=False)
     with checkpoint.open_checkpoint(chosen_checkpoint(source), verify="full") as opened:
         plan = plan_model(config, grid)
+        if config.lora.rank:
+            return write_adapter(opened, config, plan, out), opened.step
         model = build_model(config, plan, grid)
         if plan.folder is not None:
             opened.check_base(plan.folder)

@@ -9,7 +9,6 @@ An adapter of the official code has no manifest. It is read all the same; its ba
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from moe_dist.config.strict_json import as_mapping, read_json
 from moe_dist.errors import UserError
 from moe_dist.methods.esft.adapter_names import AdapterNames, ExpertTensor
 from moe_dist.models.conversion import TensorGroup
-from moe_dist.models.folder import INDEX, TensorInfo, WeightFiles, open_weights
+from moe_dist.models.folder import INDEX, TensorInfo, WeightFiles, describe_file, open_weights
 from moe_dist.train.trainable import is_shared_expert
 
 EXPERTS, MANIFEST = "expert_cfg.json", "adapter_manifest.json"
@@ -157,15 +156,6 @@ def find_base(model: PreTrainedModel) -> Base | None:
         return Base(Path(snapshot_download(name, local_files_only=True)))
     except Exception:  # no name of the hub, or not in its cache: the client has many exception types
         return None
-
-
-def describe_file(path: Path) -> dict[str, Any]:
-    """Size and sha256 of a file, as the manifest has them."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 22):
-            digest.update(chunk)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -17,10 +17,11 @@ from moe_dist.config.expert_files import write_expert_config
 from moe_dist.config.strict_json import write_json
 from moe_dist.data.atomic import sync_folder
 from moe_dist.errors import UserError
-from moe_dist.methods.esft.adapter_folder import EXPERTS, FORMAT, MANIFEST, Base, describe_file, find_base, weight_files
+from moe_dist.methods.esft.adapter_folder import EXPERTS, FORMAT, MANIFEST, Base, find_base, weight_files
 from moe_dist.methods.esft.adapter_names import AdapterNames, Contents, ExpertTensor
 from moe_dist.models.export import TOKENIZER_FILES, FullTensor
 from moe_dist.models.families import our_name
+from moe_dist.models.folder import describe_file
 from moe_dist.models.shards import SHARD_BYTES, Entry, ShardSet
 from moe_dist.models.surgery import moe_layers
 from moe_dist.models.together import Together
