@@ -1,10 +1,10 @@
-"""Faults planted in ESFT: each makes one of its acceptance checks fail, which passes without it."""
+"""Faults planted in ESFT: each makes one of its acceptance checks fail, which passes without it.
+
+A check is called as check(ranks, folder of a tiny model, an empty path).
+"""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from tests.methods.esft import test_precision as precision
 from tests.methods.esft import test_select as select
 from tests.models.tiny import make_folder
 from tests.mutants.faults import Fault
+from tests.mutants.planting import Case, Planting
 
 
 def scores_divided_over_layers(original):
@@ -91,30 +92,6 @@ def adapter_experts_exchanged(original):
     return lambda self, tensor, value: original(self, tensor._replace(expert={0: 6, 6: 0}[tensor.expert]), value)
 
 
-@dataclass(frozen=True)
-class Case:
-    """`check(ranks, folder of a tiny model, an empty path)` raises AssertionError under the fault, and else not."""
-
-    fault: Fault
-    check: Callable
-
-
-def under(name: str, module: str, function: str, *args):
-    """On each rank: a test module's function, with a fault planted."""
-    with CASES[name].fault.planted():
-        return getattr(importlib.import_module(module), function)(*args)
-
-
-class Planting:
-    """The `ranks` fixture, with a fault planted on every rank."""
-
-    def __init__(self, ranks, name: str):
-        self.ranks, self.name = ranks, name
-
-    def __call__(self, world: int, fn, *args, timeout: float = 60.0):
-        return self.ranks(world, under, self.name, fn.__module__, fn.__name__, *args, timeout=timeout)
-
-
 MODELS, TRAIN, ESFT = "moe_dist.models", "moe_dist.train", "moe_dist.methods.esft"
 CASES = {
     "scores divided over layers": Case(
@@ -175,7 +152,7 @@ def folder(tmp_path_factory) -> str:
 def test_the_fault_is_caught(ranks, folder, tmp_path, name):
     case = CASES[name]
     with case.fault.planted(), pytest.raises(AssertionError):
-        case.check(Planting(ranks, name), folder, tmp_path)
+        case.check(Planting(ranks, case.fault), folder, tmp_path)
 
 
 @pytest.mark.parametrize("name", CASES)
