@@ -113,11 +113,17 @@ def our_name(stock_name: str, descriptions: list[ExpertsDescription]) -> str:
     return stock_name
 
 
-def _describe(model: nn.Module, name: str, module: nn.Module, family: Family | None) -> ExpertsDescription:
+def stock_names_of(module: nn.Module) -> dict[str, str]:
+    """Our parameter name -> the name of the same tensor in a module that follows the experts interface."""
     up = "gate_up_proj" if module.has_gate else "up_proj"
-    stock_names = {"gate_up_proj": up, "down_proj": "down_proj"}
+    names = {"gate_up_proj": up, "down_proj": "down_proj"}
     if module.has_bias:
-        stock_names |= {"gate_up_proj_bias": f"{up}_bias", "down_proj_bias": "down_proj_bias"}
+        names |= {"gate_up_proj_bias": f"{up}_bias", "down_proj_bias": "down_proj_bias"}
+    return names
+
+
+def _describe(model: nn.Module, name: str, module: nn.Module, family: Family | None) -> ExpertsDescription:
+    stock_names = stock_names_of(module)
     post_norm = getattr(module, POST_NORM) if getattr(module, "has_post_expert_norm", False) else None
     known = {*stock_names.values(), POST_NORM}
     strange = [key for key, _ in module.named_parameters() if key.partition(".")[0] not in known]
@@ -132,7 +138,7 @@ def _describe(model: nn.Module, name: str, module: nn.Module, family: Family | N
         num_experts=module.num_experts,
         hidden=hidden,
         width=width,
-        activation=_activation(module),
+        activation=activation_of(module),
         gated=module.has_gate,
         bias=module.has_bias,
     )
@@ -146,8 +152,11 @@ def _describe(model: nn.Module, name: str, module: nn.Module, family: Family | N
     return description
 
 
-def _activation(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """z `[R,F]` -> a `[R,I]` as this module computes it; `swiglu` itself where that is what it is."""
+def activation_of(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """z `[R,F]` -> a `[R,I]` as a module with the experts interface computes it; `swiglu` where that is what it is.
+
+    Raises UserError where the activation has parameters of its own.
+    """
     default = type(module)._apply_gate is _default_apply_gate
     if module.has_gate and default and _is_silu(module.act_fn):
         return swiglu
