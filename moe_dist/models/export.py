@@ -16,9 +16,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moe_dist.data.atomic import sync_folder
+from moe_dist.data.made import note_folder
 from moe_dist.errors import UserError
 from moe_dist.models.conversion import WritePlan, plan_writing
 from moe_dist.models.families import expert_counts, our_name
+from moe_dist.models.mixse.exporting import collect, write_experts
 from moe_dist.models.shards import SHARD_BYTES, Entry, ShardSet
 from moe_dist.models.skeleton import build_skeleton
 from moe_dist.models.surgery import moe_layers
@@ -78,6 +81,9 @@ def export_model(
         for pieces in _pieces(model, skeleton, plan, grid, full_tensor or (lambda parameter: parameter)):
             together.attempt(lambda pieces=pieces: [shards.write(*piece, row=row) for *piece, row in pieces])
         together.run(shards.close)
+        if hasattr(model, "mixse"):
+            tensors = collect(model, full_tensor or (lambda parameter: parameter), keep=grid.rank == 0)
+            together.run(lambda: write_experts(model, tensors, partial), only=grid.rank == 0)
         together.run(lambda: _finish(model, folder, partial, tokenizer), only=grid.rank == 0)
     except UserError:
         if grid.rank == 0:
@@ -179,9 +185,7 @@ def _finish(model: PreTrainedModel, folder: Path, partial: Path, tokenizer: PreT
             for file in source.glob(pattern):
                 if file.is_file():
                     shutil.copyfile(file, partial / file.name)
+    sync_folder(partial)
+    note_folder(partial, folder)
     os.rename(partial, folder)
-    parent = os.open(folder.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
+    sync_folder(folder.parent)

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from moe_dist.errors import UserError
 from moe_dist.models.families import describe_experts, unknown_family
 from moe_dist.models.loading import DtypePlan, parse_dtype
+from moe_dist.models.mixse.spec import read_spec
 from moe_dist.models.skeleton import build_skeleton, make_config
 from moe_dist.models.surgery import Seating, Trainable, swap
 from moe_dist.moe.layer import MoEExperts
@@ -36,6 +38,8 @@ def init_model(
     grid = grid or Grid.single()
     dtype = parse_dtype(dtype)
     model = build_skeleton(make_config(dict(config), where="model configuration"), dtype)
+    if read_spec(model.config) is not None:
+        raise UserError("a mixture of LoRA experts is composed from trained ones; it has no random initialisation")
     descriptions = describe_experts(model)
     if not descriptions and not dense:
         raise unknown_family(model.config.model_type)

@@ -20,6 +20,8 @@ from moe_dist.models.conversion import ReadPlan, TensorGroup, plan_reading, used
 from moe_dist.models.families import ExpertsDescription, describe_experts, expert_counts, our_name, unknown_family
 from moe_dist.models.folder import TensorInfo, WeightFiles, open_weights
 from moe_dist.models.layout import ExpertTensorLayout
+from moe_dist.models.mixse.loading import read_experts
+from moe_dist.models.mixse.spec import read_spec
 from moe_dist.models.skeleton import build_skeleton, read_config
 from moe_dist.models.surgery import Seating, Trainable, swap
 from moe_dist.moe.layer import MoEExperts
@@ -37,7 +39,8 @@ def load_model(
     placement: Seating = "contiguous",
     dense: bool = False,
 ) -> PreTrainedModel:
-    """The transformers model in `folder` with a `moe_dist.moe` layer in every MoE block, this rank's share of it.
+    """The transformers model in `folder` with a `moe_dist.moe` layer in every MoE block, this rank's share of it; of a
+    MiXSE folder, the dense model with its LoRA experts and their router.
 
     folder: a local folder or the name of a model on the Hugging Face hub. grid: None is one process. dtype: of the
     model, None as stored; tensors that transformers keeps in fp32 whatever the model's dtype stay in fp32.
@@ -54,7 +57,8 @@ def load_model(
     dtype = files.main_dtype() if dtype is None else parse_dtype(dtype)
     model = build_skeleton(config, dtype)
     descriptions = describe_experts(model)
-    if not descriptions and not dense:
+    mixture = read_spec(config)
+    if not descriptions and not dense and mixture is None:
         raise unknown_family(config.model_type)
     shapes = {key: info.shape for key, info in files.tensors.items()}
     plan = plan_reading(model, shapes, expert_counts(descriptions))
@@ -68,6 +72,8 @@ def load_model(
             _read_experts(layer, plan.experts, files, dtypes)
         for group in plan.dense:
             _read_dense(model, group, files, dtypes, descriptions, grid.device)
+    if mixture is not None:
+        read_experts(model, mixture, folder)
     model.tie_weights(missing_keys=absent, recompute_mapping=False)
     # transformers' own save_pretrained and our export both undo what was needed to read the folder.
     model._weight_conversions = used_transforms(plan)

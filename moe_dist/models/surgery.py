@@ -9,6 +9,7 @@ from torch import nn
 
 from moe_dist.errors import UserError
 from moe_dist.models.families import ExpertsDescription, describe_experts, unknown_family
+from moe_dist.models.mixse.install import install
 from moe_dist.moe.layer import MoEExperts
 from moe_dist.moe.placement import Placement, contiguous, from_lists
 from moe_dist.parallel.grid import Grid
@@ -37,11 +38,13 @@ def swap(
     placement: "contiguous", or layer path -> the expert ids of each rank; layers left out are contiguous.
     device: of the new weights, the grid's unless told. Each layer gets the dtype of the module it replaces and keeps
     that module's `ExpertsDescription` as `.origin`.
-    dense: a model without any such module is left as it is.
+    dense: a model without any such module is left as it is. A MiXSE model, which has none, gets its LoRA experts.
     Raises UserError where the model has no such module, or a path or an expert id does not exist.
     """
+    device = grid.device if device is None else device
+    mixture = install(model, device)
     descriptions = describe_experts(model)
-    if not descriptions and not dense:
+    if not descriptions and not dense and mixture is None:
         raise unknown_family(getattr(model.config, "model_type", None))
     names = [description.name for description in descriptions]
     seats = _seats_by_layer(placement)
@@ -57,7 +60,7 @@ def swap(
             _place(description, seats.get(name), grid.expert, ids),
             grid,
             dtype=model.get_parameter(description.stock_name("down_proj")).dtype,
-            device=grid.device if device is None else device,
+            device=device,
             post_norm=description.post_norm,
         )
         layer.origin = description
