@@ -45,17 +45,17 @@ class Settings:
     layers: int = 3
     length: int = 128
     batch: int = 16
-    seed_steps: int = 800
-    expert_steps: int = 200
-    mix_steps: int = 250
+    seed_steps: int = 700
+    expert_steps: int = 150
+    mix_steps: int = 200
     budgets: tuple[int, ...] = (0, 15, 40, 100)
     seed_rate: float = 3e-3
     expert_rate: float = 1e-3
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
     balance_coef: float = 0.05
     weight_decay: float = 0.1
     documents: int = 256
-    windows: int = 32
+    windows: int = 24
     megabytes: float = 1.4
     seeds: tuple[int, ...] = field(default=(0, 1, 2))
 

@@ -58,7 +58,7 @@ SMOKE = Settings(
     megabytes=0.3,
 )
 SMOKE_DOMAINS = 3, 1  # old and new
-SECONDS_A_STEP = 0.2  # only for the guess when a training would end
+SECONDS_A_STEP = 0.15  # only for the guess when a training would end
 
 
 def main(argv: list[str] | None = None) -> int:
