@@ -17,3 +17,7 @@ class UserError(ValueError):
 
 class PolicyStop(RuntimeError):
     """The run stopped itself by a stated policy (bad data, NaN); running it again would stop again."""
+
+
+class PeerFailure(RuntimeError):
+    """Another rank of this launch has failed; the message says which and why. Starting again goes on from here."""

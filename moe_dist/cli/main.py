@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 
 from moe_dist import __version__
-from moe_dist.errors import EXIT_OK, EXIT_POLICY, EXIT_TRANSIENT, EXIT_USER, PolicyStop, UserError
+from moe_dist.errors import EXIT_OK, EXIT_POLICY, EXIT_TRANSIENT, EXIT_USER, PeerFailure, PolicyStop, UserError
 
 VERBS = {
     "train": "train a model as a config file says",
@@ -59,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PolicyStop as error:
         _say(f"stopped: {error}")
         code = EXIT_POLICY
+    except PeerFailure as error:
+        _say(f"ended, since another rank failed: {error}")
+        code = EXIT_TRANSIENT
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader, `head` say, has what it wanted
         code = EXIT_OK

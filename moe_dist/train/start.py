@@ -28,10 +28,20 @@ def start_ranks() -> torch.device:
         device = torch.device("cuda", gpu_of(place, visible=torch.cuda.device_count(), environ=os.environ))
         torch.cuda.set_device(device)
         os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the index of the device
-    if place.world_size > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
+    form_group(device)
     return device
+
+
+def form_group(device: torch.device, *, store: dist.Store | None = None) -> None:
+    """Make torch's default process group of the ranks that the environment names, if there are several and none yet.
+
+    store: how they find each other; the launcher's when absent.
+    """
+    world, rank = world_size(), int(os.environ.get("RANK", "0"))
+    if world > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        where = {} if store is None else {"store": store, "rank": rank, "world_size": world}
+        dist.init_process_group(backend, timeout=TIMEOUT, **where)
 
 
 def world_size() -> int:
