@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from moe_dist.checkpoint import fingerprint
 from moe_dist.errors import UserError
+from moe_dist.methods.nexus.vocabulary import check_same_tokens
 from moe_dist.models.folder import TensorInfo, WeightFiles, open_weights
 from moe_dist.models.loading import resolve_folder
 from moe_dist.models.nexus.configuration_nexus import CONFIGS, MODEL_TYPES
@@ -70,7 +71,7 @@ def _open(name: str, folder: str | Path, types: tuple[str, ...], wanted: str) ->
 
 
 def check_alike(models: Sequence[ModelFolder]) -> None:
-    """Raise UserError where a model differs from the first in configuration, tensors, shapes or dtypes."""
+    """Raise UserError where a model differs from the first in configuration, vocabulary, tensors, shapes or dtypes."""
     first = models[0]
     known = _comparable(first.config)
     for other in models[1:]:
@@ -84,6 +85,7 @@ def check_alike(models: Sequence[ModelFolder]) -> None:
                 f"{what} have different vocabularies: {other.config.vocab_size} and {first.config.vocab_size} tokens; "
                 "experts have to be trained from the seed with its tokenizer"
             )
+        check_same_tokens(what, other.folder, first.folder)
         theirs = _comparable(other.config)
         differing = sorted(key for key in known.keys() | theirs.keys() if known.get(key) != theirs.get(key))
         if differing:
@@ -121,6 +123,7 @@ def check_can_join(new: ModelFolder, model: ModelFolder) -> None:
     if differing:
         shown = ", ".join(f"{key} ({theirs[key]} and {mine.get(key)})" for key in differing[:6])
         raise UserError(f"{what}: different configurations: {shown}")
+    check_same_tokens(f"{new.name} ({new.folder}) and {model.name} ({model.folder})", new.folder, model.folder)
     lacking = sorted(key for key in model.tensors if ".mlp." not in key and key not in new.tensors)
     if lacking:
         raise UserError(f"{what}: it has no {lacking[0]}")

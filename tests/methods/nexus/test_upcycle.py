@@ -10,10 +10,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from moe_dist.data.corpora import train_tokenizer
 from moe_dist.errors import UserError
 from moe_dist.methods.nexus import receipt as receipt_module
 from moe_dist.methods.nexus.config import NexusConfig, NexusSection
 from moe_dist.methods.nexus.domain_file import Domains, RouterInputs
+from moe_dist.methods.nexus.extend import extend
 from moe_dist.methods.nexus.parts import mean
 from moe_dist.methods.nexus.upcycle import upcycle
 from moe_dist.models import export_model, load_model, moe_layers
@@ -236,6 +238,34 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_written(tmp_pa
             upcycle(config, folder / "out")
         assert not (folder / "out").exists(), said
         assert not list(folder.glob(".*")), said
+
+
+def test_as_many_tokens_are_not_the_same_tokens(tmp_path):
+    """A tokenizer beside an expert, with the same number of tokens as the seed's, of which two are exchanged."""
+    config = config_of(tmp_path)
+    train_tokenizer(["one two three"] * 3, vocab_size=270).save_pretrained(tmp_path / "seed")
+    shutil.copy(tmp_path / "seed" / "tokenizer.json", tmp_path / "code" / "tokenizer.json")
+    upcycle(config, tmp_path / "out")
+    tokens = json.loads((tmp_path / "seed" / "tokenizer.json").read_text())
+    vocab = tokens["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (tmp_path / "prose" / "tokenizer.json").write_text(json.dumps(tokens))
+    said = (
+        r"expert prose .* and seed .* different vocabularies: 2 tokens differ, such as \d+, which is '[ab]' and '[ab]'"
+    )
+    with pytest.raises(UserError, match=said):
+        upcycle(config, tmp_path / "other")
+    model = {"model": str(tmp_path / "out"), "experts": {"other": str(tmp_path / "prose")}}
+    with pytest.raises(UserError, match=r"expert other .* and the model .* different vocabularies: 2 tokens differ"):
+        extend(config_of(tmp_path, **model), tmp_path / "other")
+    (tmp_path / "prose" / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"prose/tokenizer.json: cannot be read"):
+        upcycle(config, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    # Another file with the same tokens is the same vocabulary.
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (tmp_path / "prose" / "tokenizer.json").write_text(json.dumps(tokens, indent=3))
+    upcycle(config, tmp_path / "other")
 
 
 def test_settings_that_contradict_each_other(tmp_path):
