@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from moe_dist.data.made import note_folder
+
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[bool]:
@@ -40,6 +42,7 @@ def new_folder(folder: Path, *, marker: str) -> Iterator[Path]:
         yield temporary
         assert (temporary / marker).is_file()
         sync_folder(temporary)
+        note_folder(temporary, folder)
         try:
             os.rename(temporary, folder)
         except OSError as error:

@@ -2,7 +2,8 @@
 
 A finished stage leaves `<dir>/stages/<name>.json` with its hash; it runs again only when it, a file that it names, or
 a stage before it has changed. Every stage is a process of its own, so that a launcher can start it and nothing that it
-leaves in memory reaches the next.
+leaves in memory reaches the next. A stage that was killed runs again, unless it had just finished the folder that its
+command line names (`moe_dist.data.made`).
 """
 
 import json
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from moe_dist.config.recipe import Recipe, Stage, stage_hashes
+from moe_dist.data.made import MADE_FILE, begin, made
 from moe_dist.errors import EXIT_OK, UserError
 from moe_dist.launch.environment import free_port
 from moe_dist.launch.processes import ask_to_stop, kill
@@ -73,10 +75,16 @@ def run_recipe(recipe: Recipe, *, resume: str, overwrite: bool, report: Callable
         if _is_done(_marker(recipe, stage), digest):
             report(f"{head}: done before, skipped")
             continue
+        folder = _made_before_it_was_killed(recipe, stage, digest)
+        if folder is not None:
+            report(f"{head}: was killed after it had made {folder}, skipped")
+            _finish(_marker(recipe, stage), digest, 0.0)
+            continue
+        begin(_made_file(recipe, stage), digest)
         words = command(stage, port=free_port() if stage.launch != "none" else 0)
         report(f"{head}: {shlex.join(words)}")
         start = time.monotonic()
-        code = _run(words, folder / "stages" / f"{stage.name}.exit", stage)
+        code = _run(words, recipe, stage)
         seconds = time.monotonic() - start
         if code != EXIT_OK:
             report(f"{head}: failed with exit code {code} after {seconds:.0f} s; the same command again continues here")
@@ -86,10 +94,12 @@ def run_recipe(recipe: Recipe, *, resume: str, overwrite: bool, report: Callable
     return EXIT_OK
 
 
-def _run(words: list[str], exit_file: Path, stage: Stage) -> int:
+def _run(words: list[str], recipe: Recipe, stage: Stage) -> int:
     """Run one stage with its output passed through. SIGTERM or Ctrl-C asks its ranks to stop, a second one kills."""
+    exit_file = _exit_file(recipe, stage)
     exit_file.unlink(missing_ok=True)
-    environment = {**os.environ, **stage.env, EXIT_FILE: str(exit_file.absolute())}
+    ours = {EXIT_FILE: str(exit_file.absolute()), MADE_FILE: str(_made_file(recipe, stage).absolute())}
+    environment = {**os.environ, **stage.env, **ours}
     # In a session of its own, so that Ctrl-C reaches the ranks by us and not the launcher, which would kill them.
     process = subprocess.Popen(words, env=environment, start_new_session=True)
     requests = []
@@ -118,6 +128,22 @@ def _run(words: list[str], exit_file: Path, stage: Stage) -> int:
 
 def _marker(recipe: Recipe, stage: Stage) -> Path:
     return Path(recipe.dir) / "stages" / f"{stage.name}.json"
+
+
+def _exit_file(recipe: Recipe, stage: Stage) -> Path:
+    return _marker(recipe, stage).with_suffix(".exit")
+
+
+def _made_file(recipe: Recipe, stage: Stage) -> Path:
+    return _marker(recipe, stage).with_suffix(".made")
+
+
+def _made_before_it_was_killed(recipe: Recipe, stage: Stage, digest: str) -> str | None:
+    """The whole folder, named on its command line, of a stage that had no time to say how it ended."""
+    if _exit_file(recipe, stage).exists() and _exit_file(recipe, stage).read_text() != str(EXIT_OK):
+        return None
+    named = {os.path.normpath(word) for word in (*stage.args, *stage.overrides)}
+    return next((folder for folder in made(_made_file(recipe, stage), digest) if folder in named), None)
 
 
 def _is_done(marker: Path, digest: str) -> bool:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from moe_dist.config.recipe import Recipe, Stage
-from moe_dist.errors import EXIT_OK, UserError
+from moe_dist.errors import EXIT_OK, EXIT_USER, UserError
 from moe_dist.launch.stages import command, describe, run_recipe
+from tests.methods.nexus.tiny import nexus_folder
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -171,3 +172,45 @@ def test_a_second_request_kills(tmp_path):
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 137
+
+
+DEADLY = """
+import os, signal
+from pathlib import Path
+rename = os.rename
+def rename_and_die(old, new, **options):
+    rename(old, new, **options)
+    if Path(new).name == "smaller" and Path(__file__).with_name("deadly").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+os.rename = rename_and_die
+"""
+
+
+def test_a_stage_killed_between_its_folder_and_its_mark_is_done(tmp_path):
+    """A real verb, killed at the first moment at which its folder is there."""
+    nexus_folder("llama", tmp_path / "model")
+    (tmp_path / "sitecustomize.py").write_text(DEADLY)
+    (tmp_path / "deadly").touch()
+    stage = Stage(
+        name="remove",
+        verb="nexus remove",
+        args=[str(tmp_path / "model"), "1", f"{tmp_path}/./smaller"],
+        env={"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"},
+    )
+    recipe = Recipe(str(tmp_path / "run"), [stage])
+    assert go(recipe)[0] == 137
+    (tmp_path / "deadly").unlink()
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "smaller").iterdir()}
+    assert tmp_path / "smaller" / "config.json" in stamps
+    code, lines = go(recipe)
+    assert (code, len(lines)) == (EXIT_OK, 1)
+    assert "remove: was killed after it had made" in lines[0]
+    assert go(recipe)[1] == ["[1/1] remove: done before, skipped"]
+    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "smaller").iterdir()}
+
+    # A stage that is another one now, or a folder that is, is refused by the verb.
+    stage.args[1] = "2"
+    assert go(recipe)[0] == EXIT_USER
+    stage.args[1] = "1"
+    (tmp_path / "run" / "stages" / "remove.json").unlink()
+    assert go(recipe)[0] == EXIT_USER

@@ -16,6 +16,7 @@ from moe_dist import __version__
 from moe_dist.config.expert_files import write_expert_config
 from moe_dist.config.strict_json import write_json
 from moe_dist.data.atomic import sync_folder
+from moe_dist.data.made import note_folder
 from moe_dist.errors import UserError
 from moe_dist.methods.esft.adapter_folder import EXPERTS, FORMAT, MANIFEST, Base, find_base, weight_files
 from moe_dist.methods.esft.adapter_names import AdapterNames, Contents, ExpertTensor
@@ -213,6 +214,7 @@ def _publish(partial: Path, folder: Path) -> None:
     A folder counts as an adapter by its expert config: it goes first and comes last.
     """
     if partial.parent != folder:
+        note_folder(partial, folder)
         os.rename(partial, folder)
         sync_folder(folder.parent)
         return
