@@ -1,128 +1,109 @@
-"""Filters of generated records: what is badly formed, of a wrong length, or too much like something else.
+"""Filters by form and likeness: length, traces of the prompt, going round in circles, near-duplicates.
 
-A filter is called with a record and gives the reason to leave it out, or None. `Filters` puts several in a row, counts
-the reasons, and tells those that compare records with each other which ones were kept. The outcome depends on the
-records and their order alone, so filtering in the order of ids is the same on any number of ranks and after a resume.
-
-A record: {"id": str, "messages": [{"role": "user", ...}, {"role": "assistant", ...}], "skill": str, "provenance": {}};
-while only the instruction is there, the assistant's message is missing and filters of answers pass it.
+The protocol, and the filters that always look, are in filters_base.py; `filters_of` puts all of a skill in a row.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Sequence
 
+from moe_dist.methods.self_moe.answer_filters import Checked, SelfConsistent
+from moe_dist.methods.self_moe.answers import AnswerRule
+from moe_dist.methods.self_moe.config_filters import FilterSection
+from moe_dist.methods.self_moe.contamination import Contamination, NotInEvaluation
+from moe_dist.methods.self_moe.filters_base import INSTRUCTION, RESPONSE, Draft, Filter, first_filters
 from moe_dist.methods.self_moe.overlap import SimilarTexts, ngrams_of, words_of
+from moe_dist.methods.self_moe.seeds import Seed
 
-REPETITION_WORDS = 40  # shorter answers may well repeat themselves
-REPETITION_N = 4
-
-
-class Filter(Protocol):
-    """A test of one record. Where it has a method `keep(record)`, that is called with each record that all let pass."""
-
-    def __call__(self, record: Mapping) -> str | None:
-        """A short reason to leave the record out, the same words for the same kind of fault; None to keep it."""
-
-
-def question_of(record: Mapping) -> str:
-    """The user's message."""
-    return next(message["content"] for message in record["messages"] if message["role"] == "user")
-
-
-def answer_of(record: Mapping) -> str | None:
-    """The assistant's message; None while there is none."""
-    return next((message["content"] for message in record["messages"] if message["role"] == "assistant"), None)
-
-
-class Filters:
-    """Filters one after the other; the first reason counts. `reasons`: how many records each has left out."""
-
-    def __init__(self, filters: Sequence[Filter]):
-        self.filters = list(filters)
-        self.reasons: Counter[str] = Counter()
-        self.kept = 0
-
-    def __call__(self, record: Mapping) -> str | None:
-        for test in self.filters:
-            reason = test(record)
-            if reason is not None:
-                self.reasons[reason] += 1
-                return reason
-        for test in self.filters:
-            if hasattr(test, "keep"):
-                test.keep(record)
-        self.kept += 1
-        return None
-
-    def summary(self) -> dict:
-        """{"kept": n, "left_out": {reason: n}}, most frequent first."""
-        return {"kept": self.kept, "left_out": dict(self.reasons.most_common())}
-
-
-class Format:
-    """Something is there, and the answer is one.
-
-    stops: strings that only a prompt has (its headings); in an answer they show that the model went on with the prompt.
-    An answer of which fewer than `distinct` of all runs of 4 words are different goes round in circles.
-    """
-
-    def __init__(self, *, stops: Sequence[str] = (), distinct: float = 0.3):
-        self.stops, self.distinct = tuple(stops), distinct
-
-    def __call__(self, record: Mapping) -> str | None:
-        question, answer = question_of(record), answer_of(record)
-        if not words_of(question):
-            return "empty instruction"
-        if any(stop in question for stop in self.stops):
-            return "prompt in the instruction"
-        if answer is None:
-            return None
-        if not words_of(answer):
-            return "empty answer"
-        if any(stop in answer for stop in self.stops):
-            return "prompt in the answer"
-        if words_of(answer) == words_of(question):
-            return "answer repeats the instruction"
-        runs = ngrams_of(answer, REPETITION_N)
-        if len(runs) >= REPETITION_WORDS and len(set(runs)) < self.distinct * len(runs):
-            return "answer goes round in circles"
-        return None
+RUN = 4  # words
+RUNS = 40  # an answer of fewer runs may well repeat itself
+DISTINCT = 0.3
 
 
 class Length:
-    """Instruction and answer have from `low` to `high` words, bounds included."""
+    """Reasons: instruction_short, instruction_long, response_short, response_long, by words; bounds included."""
 
-    def __init__(self, *, instruction: tuple[int, int], answer: tuple[int, int]):
-        self.bounds = {"instruction": instruction, "answer": answer}
+    name = "length"
 
-    def __call__(self, record: Mapping) -> str | None:
-        for what, text in (("instruction", question_of(record)), ("answer", answer_of(record))):
-            low, high = self.bounds[what]
-            if text is not None and not low <= (count := len(words_of(text))) <= high:
-                return f"{what} too {'short' if count < low else 'long'}"
+    def __init__(self, stage: str, low: int, high: int):
+        self.stage, self.low, self.high = stage, low, high
+
+    def __call__(self, draft: Draft) -> str | None:
+        count = len(words_of(_newest(draft, self.stage)))
+        if self.low <= count <= self.high:
+            return None
+        return f"{self.stage}_{'short' if count < self.low else 'long'}"
+
+
+class NoPrompt:
+    """Reasons: instruction_prompt, response_prompt: the text holds a heading of the prompt, so the model went on."""
+
+    name = "no_prompt"
+
+    def __init__(self, stage: str, headings: Sequence[str]):
+        self.stage, self.headings = stage, tuple(headings)
+
+    def __call__(self, draft: Draft) -> str | None:
+        text = _newest(draft, self.stage)
+        return f"{self.stage}_prompt" if any(heading in text for heading in self.headings) else None
+
+
+class NoCircles:
+    """Reasons: response_circles, fewer than 0.3 of its runs of 4 words differ; response_echo, it is the instruction."""
+
+    name = "no_circles"
+    stage = RESPONSE
+
+    def __call__(self, draft: Draft) -> str | None:
+        runs = ngrams_of(draft.response, RUN)
+        if len(runs) >= RUNS and len(set(runs)) < DISTINCT * len(runs):
+            return "response_circles"
+        return "response_echo" if words_of(draft.response) == words_of(draft.instruction) else None
+
+
+class NoNearDuplicates:
+    """Reasons: seed_like, near_duplicate: Jaccard similarity of the sets of 3-grams of words of two instructions."""
+
+    name = "no_near_duplicates"
+    stage = INSTRUCTION
+
+    def __init__(self, seeds: Iterable[Seed], similarity: float):
+        self._seeds, self._seen = SimilarTexts(similarity), SimilarTexts(similarity)
+        for seed in seeds:
+            self._seeds.add(seed.instruction, seed.id)
+
+    def __call__(self, draft: Draft) -> str | None:
+        if self._seeds.nearest(draft.instruction):
+            return "seed_like"
+        if self._seen.nearest(draft.instruction):
+            return "near_duplicate"
+        self._seen.add(draft.instruction, draft.id)
         return None
 
 
-class NearDuplicates:
-    """The instruction is like that of an earlier record or of a seed: Jaccard similarity of their sets of 3-grams.
+def filters_of(section: FilterSection, seeds: Sequence[Seed], *, headings: Sequence[str] = ()) -> list[Filter]:
+    """The filters of one skill in the order in which they look: cheap ones first, those that remember after them.
 
-    seeds: instructions that may not come back. similarity: 1 leaves out only what has the same words.
+    headings: strings that only the prompts have. Raises UserError for a file of section.evaluation or section.check
+    that cannot be read.
     """
+    always = first_filters(seeds)
+    filters = [test for test in always if test.stage == INSTRUCTION]
+    filters += [Length(INSTRUCTION, *section.instruction_words), NoPrompt(INSTRUCTION, headings)]
+    if section.evaluation:
+        known = Contamination.of_files(section.evaluation, ngram=section.ngram, similarity=section.similarity)
+        filters.append(NotInEvaluation(INSTRUCTION, known))
+    filters.append(NoNearDuplicates(seeds, section.similarity))
+    filters += [test for test in always if test.stage == RESPONSE]
+    filters += [Length(RESPONSE, *section.response_words), NoPrompt(RESPONSE, headings), NoCircles()]
+    if section.evaluation:
+        filters.append(NotInEvaluation(RESPONSE, known))
+    if section.samples:
+        filters.append(SelfConsistent(AnswerRule(section.answer), section.agreement))
+    if section.check:
+        filters.append(Checked(section.check))
+    return filters
 
-    def __init__(self, *, seeds: Iterable[str] = (), similarity: float = 0.7):
-        self._seeds, self._kept = SimilarTexts(similarity), SimilarTexts(similarity)
-        for number, seed in enumerate(seeds):
-            self._seeds.add(seed, f"seed {number}")
 
-    def __call__(self, record: Mapping) -> str | None:
-        question = question_of(record)
-        if self._seeds.nearest(question):
-            return "near-duplicate of a seed"
-        return "near-duplicate" if self._kept.nearest(question) else None
-
-    def keep(self, record: Mapping) -> None:
-        """The record was kept: later ones are compared with it."""
-        self._kept.add(question_of(record), record["id"])
+def _newest(draft: Draft, stage: str) -> str:
+    return draft.instruction if stage == INSTRUCTION else draft.response

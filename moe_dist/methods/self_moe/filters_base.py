@@ -20,7 +20,8 @@ INSTRUCTION, RESPONSE = "instruction", "response"
 class Draft:
     """An instruction, and its answer once there is one (None before).
 
-    finished: whether the model ended the newest text by itself, rather than at the limit of tokens.
+    finished: whether the model ended the newest text by itself, rather than at the limit of tokens. samples: further
+    answers to the same prompt, drawn at random, where `filters.samples` asks for them.
     """
 
     id: str
@@ -28,6 +29,7 @@ class Draft:
     instruction: str
     response: str | None = None
     finished: bool = True
+    samples: tuple[str, ...] = ()
 
 
 class Filter(Protocol):
