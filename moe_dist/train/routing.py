@@ -30,6 +30,11 @@ class Routing:
         self._window = {name: LoadStatistics(layer.spec.num_experts) for name, layer in self.layers}
         self.window_steps = 0
         self._warning = double_balance_warning(sites, settings.balance_loss, settings.balance_coef)
+        if not loss_on and not self.bias and _learns_to_choose_one(model):
+            self._warning = (
+                "a token has one expert and there is no balance loss: an expert that gets no tokens has no gradient, "
+                "and will get none. Set moe.balance_loss and a moe.balance_coef above 0"
+            )
 
     def announce(self) -> list[str]:
         """Which routing losses are on, in words: a loss that is silently on or off has cost people whole runs."""
@@ -122,3 +127,12 @@ class Routing:
             "counts": {layer: total[:-1] for layer, total in totals.items()},
             "dropped": {layer: total[-1] for layer, total in totals.items()},
         }
+
+
+def _learns_to_choose_one(model: nn.Module) -> bool:
+    """Whether a router that trains sends each token to one of several experts."""
+    if getattr(model.config.get_text_config(), "num_experts_per_tok", None) != 1:
+        return False
+    routers = [layer.origin.router for _, layer in moe_layers(model) if layer.spec.num_experts > 1]
+    found = [model.get_submodule(path) for path, _ in filter(None, routers)]
+    return any(parameter.requires_grad for router in found for parameter in router.parameters())

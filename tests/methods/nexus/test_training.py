@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from moe_dist.cli.main import main
+from moe_dist.config.schema import MoeSection
 from moe_dist.models import load_model
+from moe_dist.parallel.grid import Grid
 from moe_dist.train.finished import export_run
+from moe_dist.train.routing import Routing
 from tests.methods.nexus.text import TOKENS, tokenizer, write_text
 from tests.methods.nexus.tiny import nexus_folder
 from tests.parity import distributed, plain
@@ -98,3 +101,21 @@ def test_a_run_tells_what_each_domain_s_tokens_get(ranks, tmp_path, precision):
             assert torch.equal(buffer, trained), name
         for (name, weight), trained in zip(old.mlp.gate.named_parameters(), new.mlp.gate.parameters(), strict=True):
             assert not torch.equal(weight, trained), name
+
+
+def test_one_expert_a_token_without_balance_loss_is_warned_of(tmp_path):
+    """An expert without tokens has the gradient of that loss alone. With a frozen router it does not matter."""
+    said = "an expert that gets no tokens has no gradient"
+
+    def announced(folder, *, frozen: bool = False, **settings) -> bool:
+        model = load_model(folder)
+        for layer in model.model.layers:
+            layer.mlp.gate.requires_grad_(not frozen)
+        return said in " ".join(Routing(model, MoeSection(**settings), Grid.single()).announce())
+
+    top_1 = nexus_folder("llama", tmp_path / "one")
+    assert announced(top_1)
+    assert announced(top_1, balance_loss="layer_global", balance_coef=0.0)
+    assert not announced(top_1, balance_loss="layer_global", balance_coef=0.05)
+    assert not announced(top_1, frozen=True)
+    assert not announced(nexus_folder("llama", tmp_path / "two", num_experts_per_tok=2))
