@@ -104,8 +104,8 @@ def shown(values: Sequence[float], *, digits: int = 3) -> str:
     return f"{mean:.{digits}f}" + ("" if math.isnan(sd) else f" ± {sd:.{digits}f}")
 
 
-def verdict(differences: Sequence[float]) -> str:
-    """What became of the claim that these differences, one a seed, are below zero."""
+def verdict(differences: Sequence[float], *, what: str = "seeds") -> str:
+    """What became of the claim that these differences, one each of `what`, are below zero."""
     right = sum(difference < 0 for difference in differences)
     said = "holds" if right == len(differences) else "**does not hold**" if right == 0 else "**undecided**"
-    return f"{said} ({right} of {len(differences)} seeds, {shown(differences)})"
+    return f"{said} ({right} of {len(differences)} {what}, {shown(differences)})"

@@ -31,8 +31,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import _harness, _nexus_tables
+from benchmarks import _harness
+from benchmarks._nexus_claims import rows
+from benchmarks._nexus_results import Results
 from benchmarks._nexus_runs import Experiment, Settings
+from benchmarks._nexus_tables import render
 from benchmarks._quality_command import folder_of, parser_of
 from benchmarks._quality_text import Domain, whole_domains
 from moe_dist.config.strict_json import write_json
@@ -86,11 +89,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n**Only {len(domains)} domains of text are on this machine: fewer than the eight that are meant.**")
     if left:
         print(f"\n**{left} trainings are left; the same command goes on.**")
-    results = _nexus_tables.Results(settings, old, new, experiment.finished())
-    print(_nexus_tables.render(results))
+    results = Results(settings, old, new, experiment.finished())
+    print(f"\nAll trainings that are finished took {results.minutes():.0f} minutes.\n{render(results)}")
     if options.json:
-        rows = [row | {"made_by": made_by} for row in _nexus_tables.rows(results)]
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        made = [row | {"made_by": made_by} for row in rows(results)]
+        options.json.write_text(json.dumps(made, indent=1) + "\n")
     return 0
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks import _nexus_tables as tables
 from benchmarks import nexus_quality
 from benchmarks._nexus_arms import ARMS, EXTENSIONS
 from benchmarks._nexus_models import byte_tokenizer
+from benchmarks._nexus_results import Results
 from benchmarks._nexus_routers import KINDS
 from benchmarks._nexus_search import score
 from moe_dist.models.nexus.configuration_nexus import NexusLlamaConfig
@@ -59,8 +59,12 @@ def test_every_arm_is_trained_on_every_seed_and_shown(finished):
         assert upcycled.count(f"| {name} | 3 |") == 1
     for name in EXTENSIONS.values():
         assert extended.count(f"| {name} | 3 |") == 4
-    claims = len(ARMS) + 1 + 2 * len(SMOKE.budgets) * len(EXTENSIONS)
-    assert printed.count(" of 3 seeds, ") == claims
+    points = 3 * new * len(SMOKE.budgets)
+    assert printed.count(" of 3 seeds, ") == len(ARMS) + 1
+    assert printed.count(f" of {points} seeds, domains and budgets, ") == 2 * len(EXTENSIONS)
+    paired = extended[extended.index("## Paired") : extended.index("## Claims")]
+    for name in EXTENSIONS.values():
+        assert paired.count(f"| {name} | ") == (0 if name == EXTENSIONS["prototype"] else 2)
     assert len(rows) == len(ARMS) - 1 + 2 * len(SMOKE.budgets) * (len(EXTENSIONS) - 1)
     for row in rows:
         assert row["difference"] == pytest.approx(row["ours"] - row["peer"], abs=2e-4)
@@ -197,7 +201,7 @@ def test_figures_by_hand():
     for new, share in (("x", 0.2), ("y", 0.4)):
         each = {"a": {new: 0.1}, "b": {new: 0.3}, new: {new: share}}
         jobs[f"extend-{new}-paper"] = {"trace": {"0": point(2.0, each)}}
-    results = tables.Results(SMOKE, ["a", "b"], ["x", "y"], {0: jobs})
+    results = Results(SMOKE, ["a", "b"], ["x", "y"], {0: jobs})
     assert results.mixed("paper") == {0: {"before": 3.5, "loss": 1.5, "own": pytest.approx(0.7)}}
     found = results.extended("paper", 0)[0]
     assert found == pytest.approx({"new": 5.5, "old": 2.5, "own": 0.3, "taken": 0.2})
