@@ -31,8 +31,9 @@ def run(args: argparse.Namespace) -> int:
     from moe_dist.methods.nexus.extend import extend
     from moe_dist.methods.nexus.preview import preview
 
-    receipt = extend(config, args.out)
+    seen = []
+    receipt = extend(config, args.out, look=lambda folder: seen.append(preview(folder, config)))
     print(receipt.render())
-    print(preview(args.out, config).render())
+    print(seen[0].render())
     print(f"wrote {args.out}")
     return EXIT_OK

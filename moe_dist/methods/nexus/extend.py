@@ -12,7 +12,7 @@ Its MLPs are appended to the routed experts and its domain's embedding to the ro
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,13 +51,20 @@ class Change:
     new_rows: bool = False
 
 
-def extend(config: NexusConfig, out: str | Path, *, shard_bytes: int = SHARD_BYTES) -> Receipt:
+def extend(
+    config: NexusConfig,
+    out: str | Path,
+    *,
+    look: Callable[[Path], None] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Receipt:
     """Write nexus.model with the one model of nexus.experts as a further expert to the folder `out`, new or empty.
 
     The domain comes from nexus.domains, embedded in the space of the model's own domains (nexus.same_space_as).
-    Everything is checked on headers first; UserError says what does not fit.
+    Everything is checked on headers first; UserError says what does not fit. look: is called with the written folder
+    before it appears as `out`, which it does not if that raises.
     """
-    return _write(_plan(config), out, shard_bytes)
+    return _write(_plan(config), out, shard_bytes, look)
 
 
 def remove(model: str | Path, expert: str, out: str | Path, *, shard_bytes: int = SHARD_BYTES) -> Receipt:
@@ -101,9 +108,11 @@ def merge_share(config: NexusConfig, model: PreTrainedConfig) -> float:
     return 1 / (model.num_experts + 1) if config.nexus.merge is None else config.nexus.merge
 
 
-def _write(change: Change, out: str | Path, shard_bytes: int) -> Receipt:
-    looks = partial(measure_change, change)
-    return write_model(out, change.parts, change.config, change.model.folder, measure=looks, shard_bytes=shard_bytes)
+def _write(
+    change: Change, out: str | Path, shard_bytes: int, look: Callable[[Path], None] | None = None
+) -> Receipt:
+    looks = {"measure": partial(measure_change, change), "look": look}
+    return write_model(out, change.parts, change.config, change.model.folder, shard_bytes=shard_bytes, **looks)
 
 
 def _plan(config: NexusConfig) -> Change:

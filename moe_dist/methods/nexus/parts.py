@@ -44,14 +44,15 @@ def write_model(
     beside: Path,
     *,
     measure: Callable[[Path], Receipt],
+    look: Callable[[Path], None] | None = None,
     files: Sequence[Path] = (),
     shard_bytes: int = SHARD_BYTES,
 ) -> Receipt:
     """Write `parts` and `config` to the folder `out`, new or empty; it appears whole or not at all.
 
-    beside: the folder whose tokenizer and generation config come along. measure: looks at the written folder before it
-    appears; what it returns is left in it as nexus_receipt.json. files: are copied beside the weights. Raises UserError
-    where `out` holds something.
+    beside: the folder whose tokenizer and generation config come along. measure: looks at the written weights before
+    the folder appears; what it returns is left in it as nexus_receipt.json. look: the same for the whole folder. files:
+    are copied beside the weights. Raises UserError where `out` holds something; if looking raises, nothing appears.
     """
     out = Path(out)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
@@ -65,6 +66,8 @@ def write_model(
         shards.close()
         receipt = measure(folder)
         finish(config, beside, folder, receipt, files)
+        if look is not None:
+            look(folder)
     return receipt
 
 

@@ -25,6 +25,7 @@ OLD = ("python", "prose", "sums")  # `verbs` reads lines that begin with "code"
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     write_text(folder)
+    (folder / "empty.jsonl").write_text('{"text": ""}\n')
     seed_folder("llama", folder / "seed")
     for number, name in enumerate((*OLD, "new"), start=1):
         dense_folder("llama", folder / name, seed=number, vocab_size=TOKENS)
@@ -56,9 +57,11 @@ def test_from_dense_models_to_a_served_one(folder):
         ["nexus", "upcycle", "nexus.yaml", "bad2", "nexus.experts.python=./nowhere"],
         ["nexus", "embed", "new.yaml", "--out", "bad3"],
         ["nexus", "remove", "more", "law", "bad4"],
+        ["nexus", "extend", "new.yaml", "bad5", "nexus.model=./up", "nexus.domains=new.safetensors",
+         "data.train={new: {path: empty.jsonl}}"],
         ["nexus", "grow"],
     )
-    assert codes == [EXIT_OK] * 6 + [EXIT_USER] * 6, errors
+    assert codes == [EXIT_OK] * 6 + [EXIT_USER] * 7, errors
     for part in (
         "embedder seed:sampled:", "copy of expert python: model.layers.{l}.mlp.up_proj.weight",
         "measured: each block is MLP_seed(x)", "router row of new: length over that of the others 1.00",
@@ -68,6 +71,7 @@ def test_from_dense_models_to_a_served_one(folder):
     for part in (
         "up already exists and is not empty", "did you mean nexus.domains?", "nexus.experts.python=./nowhere: no such",
         "name at least two domains", "has no expert 'law'; it has prose, python, sums, new", "unknown verb",
+        "the domain new has no document",
     ):  # fmt: skip
         assert part in errors, part
     assert not list(folder.glob("bad*"))
