@@ -24,6 +24,7 @@ VERBS = {
     "ckpt": "list and verify checkpoints",
     "doctor": "check this machine and the installation",
     "esft": "train only the experts that a task uses: score, select, adapter, merge",
+    "self-moe": "a base model specialises itself: generate",
     "nexus": "make one mixture of dense experts: embed, upcycle, extend, remove",
 }
 
@@ -97,14 +98,15 @@ def _main(argv: list[str]) -> int:
         print(HELP.format(verbs="\n".join(f"  {verb:<8} {line}" for verb, line in VERBS.items())))
         return EXIT_OK if argv else EXIT_USER
     verb, words = _known(argv[0], VERBS), argv[1:]
-    module = importlib.import_module(f"moe_dist.cli.{verb}")
+    package = f"moe_dist.cli.{verb.replace('-', '_')}"
+    module = importlib.import_module(package)
     if hasattr(module, "VERBS"):  # a group of verbs, each a module of that package
         if not words or words[0] in ("--help", "-h"):
             lines = "\n".join(f"  {name:<8} {line}" for name, line in module.VERBS.items())
             print(f"usage: moe-dist {verb} VERB ...\n\n{module.__doc__}\nverbs:\n{lines}")
             return EXIT_OK if words else EXIT_USER
         name = _known(words[0], module.VERBS, before=f"{verb} ")
-        module = importlib.import_module(f"moe_dist.cli.{verb}.{name}")
+        module = importlib.import_module(f"{package}.{name}")
         verb, words = f"{verb} {name}", words[1:]
     parser = _Parser(
         prog=f"moe-dist {verb}",

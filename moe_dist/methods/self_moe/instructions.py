@@ -11,6 +11,7 @@ from moe_dist.methods.self_moe.prompts import INSTRUCTION_SHOTS, Prompts
 from moe_dist.methods.self_moe.seeds import Seed
 
 PHASE = "instructions"
+FIRST = INSTRUCTION_SHOTS + 1  # number of the first task that the model writes
 _BULLET = re.compile(r"^[ \t]*[-*•][ \t]+", re.MULTILINE)
 
 
@@ -47,8 +48,7 @@ def _split(text: str, number: int) -> tuple[str, str, str]:
 
 def to_drafts(skill: str, prompt_id: str, text: str, *, finished: bool, tasks: int) -> list[Draft]:
     """The drafts of one completion. Their ids count within the prompt's."""
-    first = INSTRUCTION_SHOTS + 1
-    found = parse_instructions(text, first=first, tasks=tasks)
+    found = parse_instructions(text, first=FIRST, tasks=tasks)
     return [
         Draft(f"{prompt_id}-{place:02d}", skill, part, finished=finished or place < len(found) - 1)
         for place, part in enumerate(found)

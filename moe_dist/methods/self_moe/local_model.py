@@ -17,10 +17,19 @@ from moe_dist.parallel.grid import Grid
 
 
 class LocalModel:
-    """A `Backend`: any causal language model that `load_model` reads, in a folder or under a hub name."""
+    """A `Backend`: any causal language model that `load_model` reads, in a folder or under a hub name.
+
+    marks: whether the tokenizer adds its begin mark to a prompt; not to one that a chat template has made.
+    """
 
     def __init__(
-        self, model: str | Path, *, tokenizer: str | None = None, dtype: str | None = None, device: torch.device
+        self,
+        model: str | Path,
+        *,
+        tokenizer: str | None = None,
+        dtype: str | None = None,
+        device: torch.device,
+        marks: bool = True,
     ):
         from transformers import AutoTokenizer
 
@@ -32,6 +41,7 @@ class LocalModel:
             self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or folder, trust_remote_code=False)
         except Exception as error:  # the tokenizer classes raise many types
             raise UserError(f"no tokenizer can be loaded from {tokenizer or folder}: {error}") from None
+        self.marks = marks
         self.ends = _end_tokens(self.model, self.tokenizer)
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.ends[0]
         # What a folder recommends for chats (a top-k, a penalty) has no part in how data is written.
@@ -46,9 +56,12 @@ class LocalModel:
         }
 
     def count(self, texts: Sequence[str]) -> list[int]:
-        return [
-            len(ids) for ids in self.tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]
-        ]
+        return [len(ids) for ids in self.encode(texts)]
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text as a prompt."""
+        options = {"add_special_tokens": self.marks, "return_attention_mask": False, "verbose": False}
+        return self.tokenizer(list(texts), **options)["input_ids"]
 
     def complete(
         self,
@@ -74,7 +87,7 @@ class LocalModel:
 
     def _padded(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """(token ids, attention mask), each int64 `[B,L]`, padded on the left."""
-        rows = self.tokenizer(list(prompts), return_attention_mask=False, verbose=False)["input_ids"]
+        rows = self.encode(prompts)
         longest = max(map(len, rows))
         ids_BL = torch.tensor([[self.pad] * (longest - len(row)) + row for row in rows])
         mask_BL = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from moe_dist.methods.self_moe.board import Board
+from moe_dist.methods.self_moe.rounds import SkillRun
 
 LINE_SECONDS, TERMINAL_SECONDS = 5.0, 0.5
 TOKENS = "tokens"
@@ -32,15 +33,16 @@ class TokenCount:
 
 
 @contextmanager
-def shown(title: str, board: Board, *, done: str, total: int, say: Callable[[str], None] | None) -> Iterator[None]:
+def shown(
+    title: str, board: Board, *, done: str, total: int, say: Callable[[str], None] | None, terminal: bool
+) -> Iterator[None]:
     """While it lasts, a thread says how far the counter `done` is on its way to `total`; `say` None keeps silent.
 
-    On a terminal one line is written over and over, elsewhere there is one every few seconds.
+    terminal: one line is written over and over; else there is one every few seconds.
     """
     if say is None:
         yield
         return
-    terminal = say is print and sys.stdout.isatty()
     start, first, ended = time.monotonic(), (board.read(done), board.read(TOKENS)), threading.Event()
 
     def line() -> str:
@@ -75,6 +77,14 @@ def describe(title: str, count: int, total: int, *, new: int, tokens: int, secon
     if count >= total:
         return f"{text}, {spell(seconds)}"
     return f"{text}, about {spell(seconds / new * (total - count))} left" if new else text
+
+
+def describe_records(skills: Iterable[SkillRun], *, seconds: float) -> str:
+    """How many records each skill has after these seconds, and when all will have theirs at this rate."""
+    skills = list(skills)
+    text = "records: " + ", ".join(f"{run.skill} {len(run.records):,}/{run.section.count:,}" for run in skills)
+    have, missing = sum(len(run.records) for run in skills), sum(run.missing for run in skills)
+    return f"{text}; about {spell(seconds / have * missing)} left" if have and missing else text
 
 
 def spell(seconds: float) -> str:

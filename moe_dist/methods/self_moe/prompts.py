@@ -64,7 +64,7 @@ def shipped() -> list[str]:
 
 
 def read_prompts(skill: str, given: str | None = None) -> Prompts:
-    """The prompts of `skill`: a shipped name or a file of one's own, by default the shipped ones of that name or generic.
+    """The prompts of `skill`: a shipped name or a file of one's own; else those of its name, else generic.
 
     Raises UserError naming the file and the key for anything that is not such a file.
     """

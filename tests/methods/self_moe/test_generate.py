@@ -1,0 +1,293 @@
+"""Generation from end to end with a real model: M8, any number of ranks, interruptions, skills without records."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+
+from moe_dist.data.chat import encode_chat
+from moe_dist.data.records import RecordLog
+from moe_dist.data.sources import local_source
+from moe_dist.errors import EXIT_OK, EXIT_PREEMPTED, UserError
+from moe_dist.methods.self_moe.config_generate import load_config
+from moe_dist.methods.self_moe.generate import generate
+from moe_dist.methods.self_moe.local_model import LocalModel
+from moe_dist.methods.self_moe.seeds import read_seeds
+
+SKILLS = ("echo", "twice")
+ALPACA = Path(__file__).parents[3] / "configs" / "self_moe" / "alpaca.jinja"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the ranks have: sums in another order are other sums."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(config: Path, out: Path, **options) -> int:
+    return generate(load_config(config), out, device=torch.device("cpu"), **{"say": None, **options})
+
+
+def records_of(out: Path, skill: str) -> list[dict]:
+    return [json.loads(line) for line in (out / f"{skill}.jsonl").read_text().splitlines()]
+
+
+def bytes_of(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.is_file()}
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """What the model was asked: (prompts, sampling) of every batch."""
+    asked, complete = [], LocalModel.complete
+
+    def spy(self, prompts, sampling, **options):
+        asked.append((prompts, sampling))
+        return complete(self, prompts, sampling, **options)
+
+    monkeypatch.setattr(LocalModel, "complete", spy)
+    return asked
+
+
+def test_m8_the_data_pipeline(generation, tmp_path, batches):
+    """M8: three distinct seeds in an instruction prompt, five pairs in a response prompt, greedy answers, no
+    duplicates, no seeds among the records; and the same again from the same seed."""
+    config, lines = generation(), []
+    assert run(config, tmp_path / "out", say=lines.append) == EXIT_OK
+    by_skill = {skill: read_seeds(tmp_path / f"{skill}.jsonl", skill=skill, least=5) for skill in SKILLS}
+    instructions = {seed.instruction for seeds in by_skill.values() for seed in seeds}
+    pairs = {f"Q {seed.instruction}\nA {seed.response}" for seeds in by_skill.values() for seed in seeds}
+    kinds = [0, 0]
+    for prompts, sampling in batches:
+        for prompt in prompts:
+            if prompt.startswith("Tasks 8\n"):
+                *shown, last = prompt.split("\n")[1:]
+                assert [line.split(". ", 1)[0] for line in shown] == ["1", "2", "3"]
+                assert last == "4."
+                texts = {line.split(". ", 1)[1] for line in shown}
+                assert len(texts) == 3
+                assert texts <= instructions
+                assert (sampling.temperature, sampling.top_p) == (1.0, 0.98)
+                kinds[0] += 1
+            else:
+                head, *shown = prompt.split("\n\n")[:6]
+                assert head == "Answers"
+                assert len(set(shown)) == 5
+                assert set(shown) <= pairs
+                asked = prompt.removeprefix("\n\n".join([head, *shown, ""]))
+                assert asked.startswith("Q ")
+                assert asked.endswith("\nA")
+                assert sampling.temperature == 0
+                kinds[1] += 1
+    assert min(kinds) > 0
+    report = yaml.safe_load((tmp_path / "out" / "report.yaml").read_text())["skills"]
+    for skill in SKILLS:
+        records = records_of(tmp_path / "out", skill)
+        assert len(records) == 12
+        texts = [record["messages"][0]["content"] for record in records]
+        assert len({text.casefold() for text in texts}) == 12
+        assert not instructions & set(texts)
+        ids = {seed.id for seed in by_skill[skill]}
+        for record in records:
+            origin = record["provenance"]
+            assert len(set(origin["instruction"]["seeds"])) == 3
+            assert len(set(origin["response"]["seeds"])) == 5
+            assert {*origin["instruction"]["seeds"], *origin["response"]["seeds"]} <= ids
+            assert origin["base"]["model"].startswith("sampled:")
+            assert origin["response"]["sampling"]["temperature"] == 0
+        row = report[skill]
+        before = sum(n for reason, n in row["left_out"].items() if not reason.startswith("response"))
+        after = sum(n for reason, n in row["left_out"].items() if reason.startswith("response"))
+        assert row["answered"] + before <= row["instructions"]  # the rest still waited when the count was reached
+        assert row["kept"] <= row["answered"] - after
+    assert any("tokens/s" in line for line in lines)
+    assert run(config, tmp_path / "again") == EXIT_OK
+    assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "out")
+
+
+def test_m8_loss_lies_on_the_response_alone(generation, tmp_path, base):
+    """M8: the folder as a whole is a data set, whose tokens with loss are the answers in the Alpaca format."""
+    from transformers import AutoTokenizer
+
+    assert run(generation(), tmp_path / "out") == EXIT_OK
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    found = list(local_source(tmp_path / "out").records(RecordLog()))
+    assert len(found) == 24
+    template = ALPACA.read_text()
+    for record in found:
+        ids, loss = encode_chat(tokenizer, record.messages, template)
+        instruction, response = (message["content"] for message in record.messages)
+        assert tokenizer.decode(ids[loss]) == f"{response}</s>"
+        assert loss.tolist() == [False] * (len(ids) - loss.sum()) + [True] * loss.sum()
+        assert instruction in tokenizer.decode(ids[~loss])
+
+
+def _on_ranks(config: str, out: str, slow: int | None) -> int:
+    """Generate; rank `slow` takes its time over every batch. How many batches this rank has done."""
+    done, complete = [], LocalModel.complete
+
+    def counted(self, *args, **options):
+        done.append(1)
+        if dist.get_rank() == slow:
+            time.sleep(0.5)
+        return complete(self, *args, **options)
+
+    LocalModel.complete = counted
+    try:
+        assert run(Path(config), Path(out)) == EXIT_OK
+    finally:
+        LocalModel.complete = complete
+    return len(done)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_any_number_of_ranks_writes_the_same_records(generation, tmp_path, ranks, world):
+    config = generation()
+    assert run(config, tmp_path / "plain") == EXIT_OK
+    counts = ranks(world, _on_ranks, str(config), str(tmp_path / "out"), None, timeout=120)
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "plain")
+    assert sum(counts) == len(list((tmp_path / "out" / ".parts").rglob("*.json")))
+
+
+def test_a_slow_rank_delays_nobody_and_hangs_nobody(generation, tmp_path, ranks):
+    config = generation(batch_size=2)
+    slow, fast = ranks(2, _on_ranks, str(config), str(tmp_path / "out"), 0, timeout=120)
+    assert 0 < slow < fast
+    assert run(config, tmp_path / "plain") == EXIT_OK
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "plain")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from moe_dist.methods.self_moe.parts import Parts
+from tests.methods.self_moe.test_generate import run
+import torch
+torch.set_num_threads(1)
+write, left = Parts.write, [5]
+def last(self, batch, part):
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, batch, part)
+Parts.write = last
+run(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def test_a_killed_run_goes_on_and_loses_the_batch_in_flight_alone(generation, tmp_path, batches):
+    config = generation()
+    assert run(config, tmp_path / "whole") == EXIT_OK
+    total = len(batches)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, config, tmp_path / "out"], env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".parts"]
+    stored = list((tmp_path / "out" / ".parts").rglob("*.json"))
+    assert len(stored) == 4
+    stored[0].write_text(stored[0].read_text()[:-30])  # a damaged part is generated again
+    batches.clear()
+    assert run(config, tmp_path / "out") == EXIT_OK
+    assert len(batches) == total - 3
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+    batches.clear()
+    assert run(config, tmp_path / "out") == EXIT_OK  # nothing is left to be done
+    assert not batches
+
+
+def test_a_run_that_is_asked_to_stop_goes_on(generation, tmp_path, monkeypatch, batches):
+    config, complete = generation(), LocalModel.complete
+
+    def interrupted(self, *args, **options):
+        done = complete(self, *args, **options)
+        if len(batches) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return done
+
+    monkeypatch.setattr(LocalModel, "complete", interrupted)
+    lines = []
+    assert run(config, tmp_path / "out", say=lines.append) == EXIT_PREEMPTED
+    assert len(list((tmp_path / "out" / ".parts").rglob("*.json"))) == 3  # what was begun is stored
+    assert "goes on" in lines[-1]
+    assert run(config, tmp_path / "out") == EXIT_OK
+    assert run(config, tmp_path / "whole") == EXIT_OK
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+
+
+def test_a_skill_without_usable_records_is_named_and_the_others_are_written(generation, tmp_path):
+    seeds = tmp_path / "copied.jsonl"
+    generation()
+    known = read_seeds(tmp_path / "echo.jsonl", skill="echo", least=5)
+    seeds.write_text("".join(json.dumps({"instruction": s.instruction, "output": s.response}) + "\n" for s in known))
+    config = generation(seeds={"echo": str(tmp_path / "echo.jsonl"), "copied": str(seeds)}, max_prompts=8)
+    tree = yaml.safe_load(config.read_text())
+    tree["generate"]["prompts"] = {"echo": str(tmp_path / "prompts.yaml"), "copied": str(tmp_path / "prompts.yaml")}
+    tree["skill_filters"] = {"copied": {"response_words": [7, 9]}}
+    config.write_text(yaml.safe_dump(tree))
+    with pytest.raises(
+        UserError, match=r"skill copied: \d+ prompts gave \d+ instructions.*none was kept \(.*response_"
+    ):
+        run(config, tmp_path / "out")
+    assert records_of(tmp_path / "out", "echo")
+    assert not (tmp_path / "out" / "copied.jsonl").exists()
+    assert not (tmp_path / "out" / "report.yaml").exists()
+
+
+def test_other_settings_need_another_folder(generation, tmp_path, batches):
+    out = tmp_path / "out"
+    assert run(generation(), out) == EXIT_OK
+    with pytest.raises(UserError, match="other settings"):
+        run(generation(count=6), out)
+    assert len(records_of(out, "echo")) == 12
+    assert run(generation(count=6), out, overwrite=True) == EXIT_OK
+    assert len(records_of(out, "echo")) == 6
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    batches.clear()
+    with pytest.raises(UserError, match=r"not empty \(notes.txt\)"):
+        run(generation(), tmp_path / "full")
+    assert not batches
+
+
+def test_prompts_beyond_the_context_are_refused_before_generating(generation, tmp_path, batches):
+    with pytest.raises(UserError, match=r"seeds\.echo.*5 longest seeds takes .* context is 384.*echo\.jsonl:\d+"):
+        run(generation(response_tokens=300), tmp_path / "out")
+    with pytest.raises(UserError, match=r"3 longest seeds.*generate\.instruction_tokens=380"):
+        run(generation(instruction_tokens=380), tmp_path / "out")
+    assert not batches
+
+
+def test_an_instruction_too_long_to_be_answered_is_counted(generation, tmp_path, base):
+    """The seeds fit, an instruction of many words does not: it is left out, and the batch stays whole."""
+    from moe_dist.methods.self_moe.backend import Completion
+    from moe_dist.methods.self_moe.filters import filters_of
+    from moe_dist.methods.self_moe.parts import Part
+    from moe_dist.methods.self_moe.prompts import read_prompts
+    from moe_dist.methods.self_moe.rounds import TOO_LONG, SkillRun
+
+    config = load_config(generation(count=2))
+    seeds = read_seeds(tmp_path / "echo.jsonl", skill="echo", least=5)
+    backend = LocalModel(base, device=torch.device("cpu"))
+    prompts = read_prompts("echo", str(tmp_path / "prompts.yaml"))
+    skill = SkillRun("echo", seeds, prompts, filters_of(config.filters, seeds), config.generate, backend)
+    (batch,) = skill.brainstorm()
+    texts = [f" do echo {'abc ' * 80}\n5. do echo hhh\n6. do echo ggg"] * len(batch.items)
+    done = [Completion(text, True, 9) for text in texts]
+    skill.take_instructions([(batch, Part(done, [()] * len(done), {}))])
+    (answers,) = skill.answer()
+    assert skill.reasons[TOO_LONG] == 1
+    assert [item.id[-2:] for item in answers.items] == ["01"]
