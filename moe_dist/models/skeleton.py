@@ -23,7 +23,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"{folder} is not a model folder: it has no config.json")
+        run = (folder / "checkpoints").is_dir()
+        hint = f". It is a run; `moe-dist export {folder} OUT` writes its model" if run else ""
+        raise UserError(f"{folder} is not a model folder: it has no config.json{hint}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         assert isinstance(values, dict)

@@ -42,6 +42,14 @@ EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"
 
 
+def test_a_run_is_no_model_folder_but_has_one_in_it(tmp_path):
+    with pytest.raises(UserError, match=r"not a model folder: it has no config.json$"):
+        load_model(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=rf"It is a run; `moe-dist export {tmp_path} OUT` writes its model"):
+        load_model(tmp_path)
+
+
 def test_missing_shard(sharded):
     lost = sorted(sharded.glob("*.safetensors"))[2]
     lost.unlink()

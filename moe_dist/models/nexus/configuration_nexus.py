@@ -21,7 +21,7 @@ class NexusFields:
     renormalised: ids of experts whose rows are made as long as the others are on average (paper).
     router_aux_loss_coef: the coefficient of the load-balance loss that the method asks for.
     expert_names: of the routed experts, in order. domain_space: which embedding space the domain embeddings live in
-    (embedder, dimension, documents, fingerprint); an expert can only be added from the same.
+    (embedder, dimension, fingerprint); an expert can only be added from the same.
     """
 
     num_experts: int = 4
