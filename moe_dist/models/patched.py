@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from moe_dist.config.strict_json import write_json
 from moe_dist.data.atomic import new_folder
 from moe_dist.errors import UserError
 from moe_dist.models.export import TOKENIZER_FILES
@@ -26,11 +28,19 @@ def check_new(out: Path) -> None:
         raise UserError(f"{out} already exists and is not empty; write to a new folder or remove it first")
 
 
-def write_patched(base: Path, files: WeightFiles, out: Path, patches: Iterable[Patch]) -> Path:
+def write_patched(
+    base: Path,
+    files: WeightFiles,
+    out: Path,
+    patches: Iterable[Patch],
+    *,
+    beside: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Path:
     """Write `base` with `patches` in it as `out`, which appears whole or not at all. One process.
 
     files: the weights of `base`, whose dtypes stay. Patches come one at a time. Configuration, generation
-    configuration and tokenizer are the base's. Raises UserError where `out` is taken or cannot be written.
+    configuration and tokenizer are the base's. beside: JSON files that come along, by name. Raises UserError where
+    `out` is taken or cannot be written.
     """
     check_new(out)
     try:
@@ -39,6 +49,8 @@ def write_patched(base: Path, files: WeightFiles, out: Path, patches: Iterable[P
             _copy(base, folder, {info.file for info in files.tensors.values()})
             for key, value, row in patches:
                 _write(folder, files.tensors[key], value, row)
+            for name, tree in (beside or {}).items():
+                write_json(folder / name, tree)
             for file in folder.iterdir():
                 _sync(file)
     except OSError as error:

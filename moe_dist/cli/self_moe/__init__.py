@@ -2,8 +2,12 @@
 
 examples:
   moe-dist self-moe generate generate.yaml generated
+  moe-dist self-moe specialise specialise.yaml run.dir=experts
 """
 
 VERBS = {
     "generate": "let the base model write instructions and answers for each skill",
+    "evaluate": "answer held-out items: exact match, programs that run, lm-evaluation-harness",
+    "compose": "make one model of a base and its experts: a mixture, or a merge to compare it with",
+    "specialise": "train one LoRA expert for each skill, side by side where there are ranks for it",
 }

@@ -13,10 +13,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from moe_dist.config.strict_json import write_json
 from moe_dist.data.atomic import new_folder, sync_folder, write_durably
 from moe_dist.errors import UserError
 from moe_dist.models.adapter import CONFIG as CONFIG_OF_ADAPTER
@@ -45,12 +47,13 @@ def write_mixse_folder(
     routing: str = "learned",
     seed: int = 0,
     base_fingerprint: str | None = None,
+    beside: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
     """Compose a base model and LoRA experts, by their names in order, into a mixture with a new router. One process.
 
     base_folder: folder or hub name of a dense model. out: new or empty. `seed` draws the router (and random routing).
     base_fingerprint: of the base, as `checkpoint.fingerprint` gives it; needed where an adapter says what it was
-    trained on. The other arguments are those of `MixseSpec`.
+    trained on. beside: JSON files that come along, by name. The other arguments are those of `MixseSpec`.
 
     Raises UserError, before anything is written, for an adapter that is no plain LoRA or belongs to another base,
     naming its folder and the tensor, and for values that no mixture has.
@@ -97,6 +100,8 @@ def write_mixse_folder(
             for name, adapter in opened.items():
                 _take_over(adapter, partial / KEY / name)
             write_router(partial, router)
+            for name, tree in (beside or {}).items():
+                write_json(partial / name, tree)
             values = json.loads((base / CONFIG).read_text(encoding="utf-8")) | {KEY: spec.to_dict()}
             write_durably(partial / CONFIG, (json.dumps(values, indent=2) + "\n").encode())
     except OSError as error:
