@@ -74,7 +74,8 @@ def _item(value: object, origin: str, number: int) -> Item:
         raise UserError(f"{origin}: neither 'output' nor 'test' (fields here: {_fields(value)}); {FIELDS}")
     identifier = value.get("id")
     identifier = str(identifier) if isinstance(identifier, (str, int)) else str(number)
-    text = "\n".join(part.strip() for part in question if part.strip())
+    # An instruction alone stays as it is: a program that is to be continued ends where its last line ends.
+    text = "\n".join(part.strip() for part in question) if question[1].strip() else question[0]
     return Item(identifier, text, tuple(map(str, answers)), test, origin)
 
 

@@ -49,12 +49,12 @@ def test_items(tmp_path):
     path = write(
         tmp_path / "held.jsonl",
         {"instruction": " Add. ", "input": "3 4", "output": 7},
-        {"id": "b", "instruction": "Pick.", "output": ["x", "y"]},
+        {"id": "b", "instruction": "Pick.\n", "output": ["x", "y"]},
         {"instruction": "Write f.", "test": "assert f() == 1"},
     )
     assert read_items(path) == [
         Item("1", "Add.\n3 4", ("7",), None, f"{path}:1"),
-        Item("b", "Pick.", ("x", "y"), None, f"{path}:2"),
+        Item("b", "Pick.\n", ("x", "y"), None, f"{path}:2"),
         Item("3", "Write f.", (), "assert f() == 1", f"{path}:3"),
     ]
 
