@@ -260,6 +260,12 @@ metric_list: [{{metric: acc}}]
 """
 
 
+def test_the_shipped_recipe_names_the_papers_benchmarks_and_asks_before_it_runs_code():
+    config = load_config(ALPACA.with_name("lm-eval.yaml"))
+    assert config.harness.tasks == ["mmlu", "bbh", "gsm8k", "humaneval"]
+    assert not config.harness.run_code
+
+
 class TestHarness:
     @pytest.fixture(autouse=True)
     def installed(self):
