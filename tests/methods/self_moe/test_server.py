@@ -13,11 +13,16 @@ import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
+import yaml
 
-from moe_dist.errors import UserError
+from moe_dist.errors import EXIT_OK, UserError
 from moe_dist.launch.environment import free_port
 from moe_dist.methods.self_moe.backend import Sampling
+from moe_dist.methods.self_moe.config_generate import load_config
 from moe_dist.methods.self_moe.config_server import ServerSection
+from moe_dist.methods.self_moe.generate import generate
+from moe_dist.methods.self_moe.local_model import LocalModel
 from moe_dist.methods.self_moe.server import KEY, Server
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, max_tokens=6)
@@ -183,18 +188,15 @@ def test_bad_urls(url):
 
 
 @pytest.fixture(scope="module")
-def serve(tmp_path_factory):
+def serve(base, tmp_path_factory):
     """(a model folder, the base URL of a real server)."""
     missing = [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(f"transformers serve needs {', '.join(missing)}: pip install 'moe_dist[serve]'")
-    from tests.methods.nexus.text import seed_folder
-
-    folder = seed_folder("llama", tmp_path_factory.mktemp("serve") / "model")
     port = free_port()
     program = os.path.join(os.path.dirname(sys.executable), "transformers")
-    words = [program, "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    log = open(folder.parent / "log", "w+")  # noqa: SIM115 - lives as long as the server
+    words = [program, "serve", str(base), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    log = open(tmp_path_factory.mktemp("serve") / "log", "w+")  # noqa: SIM115 - lives as long as the server
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
     try:
@@ -208,7 +210,7 @@ def serve(tmp_path_factory):
                 assert process.poll() is None, log.read()
                 assert time.monotonic() < deadline, log.read()
                 time.sleep(0.3)
-        yield folder, f"http://127.0.0.1:{port}/v1"
+        yield base, f"http://127.0.0.1:{port}/v1"
     finally:
         process.terminate()
         try:
@@ -220,12 +222,8 @@ def serve(tmp_path_factory):
 
 
 def test_a_real_server_gives_what_the_model_gives(serve):
-    import torch
-
-    from moe_dist.methods.self_moe.local_model import LocalModel
-
     folder, url = serve
-    prompts = ["def return import", "the king and his", "1 + 2 ="]
+    prompts = ["Tasks 8", "Answers", "Answers\n\nQ do echo abc"]
     served = Server(ServerSection(url=url, model=str(folder), concurrency=2)).complete(prompts, GREEDY, seed=0)
     local = LocalModel(folder, device=torch.device("cpu")).complete(prompts, GREEDY, seed=0)
     assert [done.text for done in served] == [done.text for done in local]
@@ -237,3 +235,20 @@ def test_a_real_server_gives_what_the_model_gives(serve):
 def test_a_real_server_that_does_not_know_the_model(serve):
     with pytest.raises(UserError, match=r"server\.model|does not take the request|no answer after 1 tries"):
         Server(ServerSection(url=serve[1], model="other", retries=0)).complete(["x"], GREEDY, seed=0)
+
+
+def test_generation_through_a_real_server(serve, generation, tmp_path, monkeypatch):
+    monkeypatch.setenv(KEY, SECRET)
+    config = generation(model=None, backend="server", count=3, max_prompts=24)
+    settings = yaml.safe_load(config.read_text())
+    settings["server"] = {"url": serve[1], "model": str(serve[0]), "concurrency": 2}
+    config.write_text(yaml.safe_dump(settings))
+    assert generate(load_config(config), tmp_path / "out", device=torch.device("cpu"), say=None) == EXIT_OK
+    for skill in ("echo", "twice"):
+        records = [json.loads(line) for line in (tmp_path / "out" / f"{skill}.jsonl").read_text().splitlines()]
+        assert 1 <= len(records) <= 3
+        for record in records:
+            assert record["messages"][0]["content"].startswith(f"do {skill} ")
+            assert record["provenance"]["base"]["reproducible"] is False
+    written = [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert not any(SECRET.encode() in data for data in written)
