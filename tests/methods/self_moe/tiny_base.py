@@ -52,7 +52,7 @@ def document(draw: random.Random) -> str:
     return "\n\n".join(["Answers", *pairs])
 
 
-def make_base(folder: Path, *, steps: int = 180, hidden: int = 64) -> Path:
+def make_base(folder: Path, *, steps: int = 180, hidden: int = 64, layers: int = 2, lr: float = 4e-3) -> Path:
     """The model and its tokenizer in `folder`."""
     torch.manual_seed(0)
     draw, tokens = random.Random(0), tokenizer()
@@ -60,7 +60,7 @@ def make_base(folder: Path, *, steps: int = 180, hidden: int = 64) -> Path:
         vocab_size=len(tokens),
         hidden_size=hidden,
         intermediate_size=2 * hidden,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=384,
@@ -69,8 +69,8 @@ def make_base(folder: Path, *, steps: int = 180, hidden: int = 64) -> Path:
         eos_token_id=2,
     )
     model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     for _ in range(steps):
         batch = tokens([document(draw) + "</s>" for _ in range(8)], return_tensors="pt", padding=True)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
