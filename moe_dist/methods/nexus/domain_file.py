@@ -85,6 +85,15 @@ class Domains:
                     "with the same embedder and nexus.same_space_as set to the old domain file"
                 )
 
+    def check_prototypes_fit(self, *, layers: int, hidden: int, where: str) -> None:
+        """Raise UserError unless the prototypes are of a model of so many layers and dimensions."""
+        assert self.prototypes_LNH is not None
+        if (self.prototypes_LNH.shape[0], self.prototypes_LNH.shape[2]) != (layers, hidden):
+            raise UserError(
+                f"{where} has prototypes {list(self.prototypes_LNH.shape)}, but the model has {layers} layers of "
+                f"{hidden} dimensions: embed the domains with nexus.seed set to the seed of this model"
+            )
+
     def _input_tensors(self) -> dict[str, torch.Tensor]:
         if self.inputs is None:
             return {}

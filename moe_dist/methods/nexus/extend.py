@@ -108,9 +108,7 @@ def merge_share(config: NexusConfig, model: PreTrainedConfig) -> float:
     return 1 / (model.num_experts + 1) if config.nexus.merge is None else config.nexus.merge
 
 
-def _write(
-    change: Change, out: str | Path, shard_bytes: int, look: Callable[[Path], None] | None = None
-) -> Receipt:
+def _write(change: Change, out: str | Path, shard_bytes: int, look: Callable[[Path], None] | None = None) -> Receipt:
     looks = {"measure": partial(measure_change, change), "look": look}
     return write_model(out, change.parts, change.config, change.model.folder, shard_bytes=shard_bytes, **looks)
 
@@ -176,6 +174,9 @@ def _domain(config: NexusConfig, model: ModelFolder, name: str) -> Domains | Non
         found.check_same_space(model.config.domain_space, where=str(nexus.model))
     if found.prototypes_LNH is None and model.config.router != "paper":
         raise UserError(f"nexus.domains={nexus.domains} holds no statistics of the seed model, which are needed here")
+    if model.config.router != "paper":
+        layers, hidden = model.config.num_hidden_layers, model.config.hidden_size
+        found.check_prototypes_fit(layers=layers, hidden=hidden, where=f"nexus.domains={nexus.domains}")
     return found
 
 

@@ -125,17 +125,13 @@ def _domains(config: NexusConfig, seed: ModelFolder) -> Domains:
         )
     rows = [found.names.index(name) for name in nexus.experts]
     if nexus.router == "prototype":
-        layers, hidden = seed.config.num_hidden_layers, seed.config.hidden_size
         if found.prototypes_LNH is None:
             raise UserError(
                 f"nexus.domains={nexus.domains} holds given vectors without statistics of the seed model, which the "
                 "prototype router needs; take nexus.router=paper, or embed with another embedder"
             )
-        if found.prototypes_LNH.shape[0] != layers or found.prototypes_LNH.shape[2] != hidden:
-            raise UserError(
-                f"nexus.domains={nexus.domains} has prototypes {list(found.prototypes_LNH.shape)}, but the seed model "
-                f"has {layers} layers of {hidden} dimensions"
-            )
+        layers, hidden = seed.config.num_hidden_layers, seed.config.hidden_size
+        found.check_prototypes_fit(layers=layers, hidden=hidden, where=f"nexus.domains={nexus.domains}")
     return Domains(
         tuple(nexus.experts),
         {name: found.documents[name] for name in nexus.experts},

@@ -270,5 +270,13 @@ def test_what_cannot_be_extended(made, tmp_path):
         with pytest.raises(UserError, match=said):
             extend(_extension(folder, **nexus), tmp_path / "out")
         assert not (tmp_path / "out").exists()
+    # A linear router remembers no space; what cannot be a row of it is refused all the same.
+    linear, _ = made(router="linear")
+    seed_folder("llama", tmp_path / "wide", hidden_size=64)
+    other.nexus.seed = str(tmp_path / "wide")
+    embed(other).write(tmp_path / "wide.safetensors")
+    with pytest.raises(UserError, match=r"has prototypes \[2, 2, 64\], but the model has 2 layers of 32 dimensions"):
+        extend(_extension(linear, linear_extend="centroid", domains=str(tmp_path / "wide.safetensors")), tmp_path / "o")
+    assert not (tmp_path / "o").exists()
     with pytest.raises(UserError, match="has no expert 'law'; it has code, prose, sums"):
         remove(folder / "model", "law", tmp_path / "out")
