@@ -34,11 +34,11 @@ def share_of_last(figures: dict) -> float:
 
 columns = {
     "seed": of_run("seed"),
-    "dense code": of_run("code"),
-    "dense docs": of_run("docs"),
-    "dense help": of_run("help"),
+    "dense docs": of_run("experts/runs/docs"),
+    "dense help": of_run("experts/runs/help"),
+    "dense code": of_run("new-expert/runs/code"),
     "mixture": of_run("mixture"),
-    "+ help": of_eval("extended"),
+    "+ code": of_eval("extended"),
     "trained": of_run("extended-run"),
     "stock": of_eval("stock"),
 }
@@ -47,7 +47,7 @@ for domain in columns["seed"]:
     print(f"{domain:<14}" + "".join(f"{figures[domain]['loss']:>12.4f}" for figures in columns.values()))
 print("\nshare of the tokens that the new expert gets, before and after training")
 for domain in columns["seed"]:
-    before, after = (share_of_last(columns[name][domain]) for name in ("+ help", "trained"))
+    before, after = (share_of_last(columns[name][domain]) for name in ("+ code", "trained"))
     print(f"{domain:<14}{before:>8.1%}{after:>8.1%}")
 
 model = AutoModelForCausalLM.from_pretrained(folder / "stock").eval()
