@@ -38,3 +38,21 @@ def test_parity_with_plain_peft(ranks, tmp_path, case):
             assert error < tolerance, f"{kind} of {key}: {error:.2e}"
     for result in results:
         assert relative_error(torch.tensor(result["norms"]), torch.tensor(expected["norms"])) < NORMS
+
+
+def test_bf16_is_the_same_at_every_stage_and_near_plain_peft(ranks, tmp_path):
+    """A rank's backward rounds gradients to bf16, once; from there on all sums are fp32, and so are the masters.
+
+    ZeRO 3 puts a linear product of DeepSpeed in the place of torch's, which rounds otherwise: as far as plain PEFT is.
+    """
+    cases = [Case("llama", world, stage, "bf16") for world, stage in ((1, 0), (2, 1), (2, 2), (2, 3))]
+    folder = lora_problem.folder_of(cases[0], tmp_path / "base")
+    first, *exact, third = (
+        assembled([result["gradients"] for result in ranks(case.world, lora_problem.ours, case, folder, timeout=90)])
+        for case in cases
+    )
+    for found in exact:
+        assert max(relative_error(found[key], first[key]) for key in first) < GRADIENTS
+    expected = lora_problem.plain(cases[0], folder)["gradients"]
+    for found in (first, third):
+        assert max(relative_error(found[key], wanted) for key, wanted in expected.items()) < 0.03

@@ -16,27 +16,13 @@ examples:
 
 import argparse
 
-from moe_dist.errors import UserError
-from moe_dist.launch import environment
+from moe_dist.cli import side_by_side
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG.yaml", help="configuration of the experts")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values over those of the file")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, and stop")
-    parser.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: the number of ranks to suppose")
+add_arguments = side_by_side.add_arguments
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.ranks is not None and not (args.dry_run and args.ranks > 0):
-        raise UserError("--ranks is for --dry-run, and at least 1: the launcher decides how many ranks there are")
-    ranks = environment.apply(local_rank=args.local_rank)
-    from moe_dist.methods.nexus.branch import branch, describe
+    from moe_dist.methods.nexus.branch import branch
     from moe_dist.methods.nexus.branch_config import load_branching
 
-    branching = load_branching(args.config, args.overrides)
-    if not args.dry_run:
-        return branch(branching)
-    if ranks.rank == 0:
-        print(describe(branching, args.ranks or ranks.world_size))
-    return 0
+    return side_by_side.run(args, load=load_branching, train=branch)

@@ -237,7 +237,7 @@ def test_a_request_to_one_rank_stops_all_of_them_saved(folder):
         (["data.train={runs: {corpus: prose}}"], "a domain cannot be called 'runs'"),
         (["data.train={../x: {corpus: prose}}"], r"a domain cannot be called '\.\./x'"),
         (["data.train={law: {path: nowhere.jsonl}}"], "nowhere.jsonl: no such file"),
-        (["branch.overrides={law: [train.steps=1]}"], r"branch\.overrides\.law: no such domain; data\.train has code"),
+        (["branch.overrides={law: [train.steps=1]}"], r"branch\.overrides\.law: no such domain; there is code"),
         (["branch.overrides={code: [train.step=1]}"], r"did you mean train\.steps\?"),
         (["branch.overrides={code: [model.path=./other]}"], r"code: model\.path is the same for all experts"),
         (["branch.group=2"], r"did you mean branch\.groups\?"),
@@ -282,7 +282,7 @@ def test_folders_of_others_and_another_configuration(folder, ranks, tmp_path):
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "precious").write_text("x")
     said = ranks(1, refused, folder, tmp_path, timeout=120)[0]
-    assert f"{tmp_path / 'code'} is not empty and holds no expert of this branching" in said
+    assert f"{tmp_path / 'code'} is not empty and holds no expert of this configuration" in said
     assert [path.name for path in tmp_path.rglob("*")] == ["code", "precious"]
     assert ranks(1, together, folder, tmp_path / "x", timeout=120)[0][0] == EXIT_OK
     assert "train.lr: 0.01 -> 0.5" in ranks(1, refused, folder, tmp_path / "x", "train.lr=0.5", timeout=120)[0]

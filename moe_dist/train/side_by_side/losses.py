@@ -1,4 +1,4 @@
-"""What branching has brought: the held-out loss of the seed and of every expert, domain by domain."""
+"""What training has brought: the held-out loss of the start and of every expert, domain by domain."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from typing import Any
 
 from moe_dist.config.strict_json import read_json, write_json
 from moe_dist.train import run_folder
+from moe_dist.train.side_by_side.plan import SideBySide
 
-REPORT = "branch.json"
 Figures = dict[str, dict[str, Any]]  # domain -> loss, perplexity, tokens
 
 
-def report(out: Path, experts: dict[str, Path]) -> str:
-    """The table of losses, also left in `out`/branch.json; empty where nothing was held out.
-
-    experts: domain -> run folder of its expert.
-    """
-    rows = {"seed": seed_figures(out), **{name: _last_eval(run) for name, run in experts.items()}}
-    write_json(out / REPORT, rows)
+def report(plan: SideBySide) -> str:
+    """The table of losses, also left in the plan's report; empty where nothing was held out."""
+    runs = {name: Path(config.run.dir) for name, config in plan.experts.items()}
+    rows = {plan.terms.start: start_figures(plan), **{name: _last_eval(run) for name, run in runs.items()}}
+    write_json(plan.report, rows)
     domains = list(dict.fromkeys(domain for figures in rows.values() for domain in figures))
     if not domains:
         return ""
@@ -31,13 +29,13 @@ def report(out: Path, experts: dict[str, Path]) -> str:
     return "\n".join(lines)
 
 
-def keep_seed_figures(out: Path, figures: Figures) -> None:
-    write_json(out / REPORT, {"seed": figures})
+def keep_start_figures(plan: SideBySide, figures: Figures) -> None:
+    write_json(plan.report, {plan.terms.start: figures})
 
 
-def seed_figures(out: Path) -> Figures:
-    """The seed's held-out figures, if they are known from before."""
-    return read_json(out / REPORT)["seed"] if (out / REPORT).is_file() else {}
+def start_figures(plan: SideBySide) -> Figures:
+    """The held-out figures of the start, if they are known from before."""
+    return read_json(plan.report)[plan.terms.start] if plan.report.is_file() else {}
 
 
 def _last_eval(run: Path) -> Figures:
