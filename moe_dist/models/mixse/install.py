@@ -37,7 +37,7 @@ def install(model: PreTrainedModel, device: torch.device | str) -> MixseSpec | N
                 raise UserError(f"config.json, mixse: block {index} has no linear layer called {target}")
         for name, layer in layers.items():
             if name.rpartition(".")[2] in spec.targets:
-                block.set_submodule(name, MixseLinear(layer, spec.rows, mixer.mixes[index], device))
+                block.set_submodule(name, MixseLinear(layer, spec.ranks, mixer.mixes[index], device))
     model.add_module(ROUTER, router)
     model.mixse = mixer
     return spec

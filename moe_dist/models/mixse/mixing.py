@@ -16,6 +16,7 @@ from moe_dist.models.mixse.linear import Mix
 from moe_dist.models.mixse.random_routing import draw
 from moe_dist.models.mixse.router import MixseRouter
 from moe_dist.models.mixse.spec import MixseSpec
+from moe_dist.models.mixse.states import BaseStates
 
 OFF = "off"
 
@@ -36,7 +37,8 @@ class Mixer:
         self.mixes = [Mix() if self.per_block else shared for _ in blocks]
         self.given: torch.Tensor | str | None = None
         self.listeners: list[Callable] = []
-        self._rows: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.states: BaseStates | None = None
+        self._on_device: dict[torch.device, torch.Tensor] = {}
         self._names = list(inspect.signature(decoder.forward).parameters)
         self._inside = False
         self._pass: dict = {}
@@ -63,8 +65,14 @@ class Mixer:
 
     @torch.no_grad()
     def _base_hidden(self, decoder: nn.Module, kwargs: dict) -> torch.Tensor:
-        """The last hidden state of the base model `[B, L, H]`: a pass of its own, with its own keys and values."""
-        self.mixes[0].rows_TR = None
+        """The last hidden state of the base model `[B, L, H]`: a pass of its own, with its own keys and values; or,
+        where `states` are kept, what an earlier one has left."""
+        if self.states is not None:
+            return self.states.get(kwargs, lambda: self._pass_of_base(decoder, kwargs))
+        return self._pass_of_base(decoder, kwargs)
+
+    def _pass_of_base(self, decoder: nn.Module, kwargs: dict) -> torch.Tensor:
+        self.mixes[0].weights_TN = None
         kwargs = {**kwargs, "past_key_values": twin_of(kwargs["past_key_values"])}
         for name in ("output_hidden_states", "output_attentions"):
             kwargs.pop(name, None)
@@ -77,11 +85,10 @@ class Mixer:
     def _set(self, block: int | None, hidden: torch.Tensor | None, kwargs: dict) -> None:
         mix = self.mixes[block or 0]
         if isinstance(self.given, str):
-            mix.rows_TR = None
+            mix.weights_TN = None
             return
         alpha_BLN = self._alpha(block, hidden, kwargs)
-        rows_R, scale_R = self._expanded(alpha_BLN.device)
-        mix.rows_TR = alpha_BLN.flatten(0, -2).index_select(1, rows_R) * scale_R
+        mix.weights_TN = alpha_BLN.flatten(0, -2) * self._scales(alpha_BLN.device)
         for listener in self.listeners:
             listener(block, alpha_BLN.detach(), self._pass.get("attention_mask"))
 
@@ -109,13 +116,10 @@ class Mixer:
             positions = torch.arange(start, start + shape[1], device=device)[None]
         return tokens, positions.expand(shape)
 
-    def _expanded(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """For each of the R rows: whose it is, and that expert's scale."""
-        if device not in self._rows:
-            ranks = torch.tensor(self.spec.ranks)
-            ids_R = torch.arange(len(ranks)).repeat_interleave(ranks)
-            self._rows[device] = ids_R.to(device), torch.tensor(self.spec.scales)[ids_R].to(device)
-        return self._rows[device]
+    def _scales(self, device: torch.device) -> torch.Tensor:
+        if device not in self._on_device:
+            self._on_device[device] = torch.tensor(self.spec.scales, device=device)
+        return self._on_device[device]
 
 
 @contextlib.contextmanager

@@ -38,11 +38,6 @@ class MixseSpec:
     routing: str = "learned"
     seed: int = 0
 
-    @property
-    def rows(self) -> int:
-        """R: the experts' ranks together."""
-        return sum(self.ranks)
-
     def slices(self) -> dict[str, slice]:
         """Name of each expert -> its rows of `experts_a` (and columns of `experts_b`)."""
         found, start = {}, 0

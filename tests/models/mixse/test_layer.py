@@ -71,15 +71,14 @@ def test_the_layer_s_formula(dtype):
     """h = W x + b + Σ α_i s_i B_i A_i x, against float64, gradients of x and α included."""
     generator = torch.Generator().manual_seed(5)
     tokens, inner, out, ranks, scales = 7, 24, 20, (3, 5), (2.0, 0.3)
-    layer = MixseLinear(torch.nn.Linear(inner, out, dtype=dtype), sum(ranks), Mix(), "cpu")
+    layer = MixseLinear(torch.nn.Linear(inner, out, dtype=dtype), ranks, Mix(), "cpu")
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     x_TH = torch.randn(tokens, inner, generator=generator).to(dtype).requires_grad_()
     alpha_TN = torch.rand(tokens, 2, generator=generator).requires_grad_()
     weights = torch.randn(tokens, out, generator=generator)
-    spread = torch.tensor([0] * 3 + [1] * 5)
-    layer.mix.rows_TR = alpha_TN[:, spread] * torch.tensor(scales)[spread]
+    layer.mix.weights_TN = alpha_TN * torch.tensor(scales)
     y = layer(x_TH.view(1, tokens, inner))[0]
     found = [y, *torch.autograd.grad((y * weights).sum(), (x_TH, alpha_TN))]
 
