@@ -7,7 +7,7 @@ examples:
 
 VERBS = {
     "generate": "let the base model write instructions and answers for each skill",
-    "evaluate": "answer held-out items: exact match, programs that run, lm-evaluation-harness",
-    "compose": "make one model of a base and its experts: a mixture, or a merge to compare it with",
     "specialise": "train one LoRA expert for each skill, side by side where there are ranks for it",
+    "compose": "make one model of a base and its experts: a mixture, or a merge to compare it with",
+    "evaluate": "answer held-out items: exact match, programs that run, lm-evaluation-harness",
 }
