@@ -8,7 +8,7 @@ Two ways, each with its own prefix so that they are never compared:
 - "full": every byte. For those who would rather wait.
 
 Neither looks at file or folder names, at the sharding, or at anything but tensors: a copied or re-sharded folder is
-the same model.
+the same model. The LoRA experts of a mixture belong to it, each under its name.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from moe_dist.checkpoint.format import check_plain_name, decode
 SAMPLE_BYTES = 4096
 STRIDE_BYTES = 1 << 20
 _READ_BYTES = 16 << 20
+EXPERTS = "mixse"  # where a mixture keeps its experts and its router, beside the weights of its base
 
 
 def fingerprint(folder: str | Path, *, how: str = "sampled") -> str:
@@ -37,6 +38,8 @@ def fingerprint(folder: str | Path, *, how: str = "sampled") -> str:
         with open(path, "rb") as file:
             data_start, header = _header(file, path)
             for name, entry in header.items():
+                if path.parent != folder:
+                    name = f"{path.parent.relative_to(folder)}/{name}"
                 if name in entries:
                     raise CheckpointError(f"{path}: {name} is in another file of {folder} too")
                 entries[name] = _digest(file, data_start, entry, how)
@@ -61,7 +64,7 @@ def _tensor_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder}: {', '.join(missing)} missing")
     if not paths:
         raise CheckpointError(f"{folder}: no safetensors files there")
-    return paths
+    return paths + sorted(folder.glob(f"{EXPERTS}/**/*.safetensors"))
 
 
 def _header(file: BinaryIO, path: Path) -> tuple[int, dict[str, dict[str, Any]]]:

@@ -50,6 +50,12 @@ class ModelSection:
     tokenizer: str | None = key(
         None, "Folder or hub name of the tokenizer, or offline (a small one of our own); beside the model when absent."
     )
+    base_states: str | None = key(
+        None,
+        "Folder that keeps what the router of a base_last_hidden mixture reads, so that the base model's pass is made "
+        "in the first epoch only; tokens x hidden x 2 or 4 bytes.",
+        free=True,
+    )
     trust_remote_code: bool = key(False, "Run code from the model's repository; needs model.revision.")
     revision: str | None = key(None, "Commit of the hub repository; required with trust_remote_code.")
 

@@ -114,7 +114,7 @@ def open_lora(folder: str | Path) -> LoraAdapter:
     manifest = _checked_manifest(folder)
     rank, alpha = _plain_lora(folder / CONFIG)
     files = open_file(folder / WEIGHTS)
-    targets = sorted({key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in files.tensors})
+    targets = sorted({key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in files.tensors if ".lora_" in key})
     expected = {_key(target, part) for target in targets for part in "AB"}
     wrong = sorted(expected ^ files.tensors.keys())
     if wrong:

@@ -17,12 +17,14 @@ from moe_dist.models.initialising import init_model
 from moe_dist.models.loading import load_model, resolve_folder
 from moe_dist.models.lora import PARAMETERS as LORA_PARAMETERS
 from moe_dist.models.lora import inject_lora
+from moe_dist.models.mixse.spec import read_spec
 from moe_dist.models.nexus.configuration_nexus import CONFIGS as DENSE_FAMILIES
 from moe_dist.models.recompute import enable_recompute
 from moe_dist.models.skeleton import build_skeleton, make_config, read_config
 from moe_dist.models.surgery import Seating, moe_layers, swap
 from moe_dist.moe.placement import balance
 from moe_dist.parallel.grid import Grid
+from moe_dist.train.base_states import check_base_states, keep_base_states
 from moe_dist.train.trainable import Selection, freeze, layer_index, select
 
 
@@ -65,10 +67,13 @@ def plan_model(config: RunConfig, grid: Grid) -> ModelPlan:
             inject_lora(skeleton, config.lora)
         return skeleton, layers
 
+    if config.lora.rank and read_spec(architecture) is not None:
+        raise UserError("lora: this model is a mixture; train a further expert on its base, and compose anew")
     skeleton, layers = build()
     routers = [layer.origin.router[0] for _, layer in layers if layer.origin.router is not None]
     trainable = TrainableSection(include=list(LORA_PARAMETERS)) if config.lora.rank else config.trainable
     selection = select(trainable, skeleton, routers)
+    check_base_states(config, skeleton, selection)
     placement = _placement(config, layers, selection, grid)
     # Again with the placement now known, so that the skeleton has the spans that the model will have.
     skeleton, _ = build(trainable=selection.experts, placement=placement)
@@ -91,6 +96,8 @@ def build_model(config: RunConfig, plan: ModelPlan, grid: Grid) -> nn.Module:
             raise UserError(f"model.attention={config.model.attention}: {error}") from None
     if config.lora.rank:
         inject_lora(model, config.lora)
+    if config.model.base_states is not None:
+        keep_base_states(config, model, plan.folder)
     freeze(model, plan.selection)
     for _, layer in moe_layers(model):
         layer.capacity_factor = config.moe.capacity_factor

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
 
+from moe_dist.models.mixse.recorder import RoutingRecorder
 from moe_dist.models.surgery import moe_layers
 from moe_dist.parallel.grid import Grid
 from moe_dist.train.losses import count_labels, label_loss_sum
@@ -21,7 +23,7 @@ def held_out(
     """Mean loss per label token and perplexity over the batches of all ranks, and who got their tokens. Collective.
 
     Returns loss, perplexity, tokens, and under `experts` {layer index: [slots of each expert]}: with one call a domain,
-    the routing share of each domain and expert.
+    the routing share of each domain and expert. A mixture with one α for all layers has one entry, layer 0.
 
     forward: batch -> logits `[B,L,V]`. Every rank must bring the same number of batches: the experts are everywhere.
     Load statistics of training are not touched.
@@ -33,10 +35,14 @@ def held_out(
     for _, layer in layers:
         layer.statistics.reset()
     total = torch.zeros(2, dtype=torch.float64, device=grid.device)
-    for batch in batches:
-        total[0] += label_loss_sum(forward(batch), batch["labels"])
-        total[1] += count_labels(batch["labels"])
-    experts = {}
+    recorder = RoutingRecorder(model) if hasattr(model, "mixse") else None
+    with recorder or contextlib.nullcontext():
+        for batch in batches:
+            if recorder is not None:
+                recorder.mask_BL = batch["attention_mask"]
+            total[0] += label_loss_sum(forward(batch), batch["labels"])
+            total[1] += count_labels(batch["labels"])
+    experts = {} if recorder is None else _slots_of_mixture(recorder, grid)
     for (name, layer), (counts_E, dropped) in zip(layers, kept, strict=True):
         slots = layer.statistics.total(grid.data_group, grid.device).tolist()
         experts[str(layer_index(name))] = slots[:-1]
@@ -46,3 +52,14 @@ def held_out(
         dist.all_reduce(total)
     loss = (total[0] / total[1].clamp(min=1)).item()
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": int(total[1]), "experts": experts}
+
+
+def _slots_of_mixture(recorder: RoutingRecorder, grid: Grid) -> dict[str, list[int]]:
+    """The same of a mixture of LoRA experts: {block: tokens that each expert had a part in}, over all ranks."""
+    found = {}
+    for block, counts_3N in recorder.counts().items():
+        slots_N = counts_3N[1].to(grid.device)
+        if grid.world > 1:
+            dist.all_reduce(slots_N)
+        found[str(block)] = [int(slots) for slots in slots_N]
+    return found

@@ -12,6 +12,7 @@ ROWS, LENGTH, VOCAB = 8, 12, 96
 RATES = (1e-3, 2e-3, 5e-4)
 CLIP, DECAY, EPS, BETAS, COEF = 0.5, 0.1, 1e-6, (0.9, 0.95), 0.02
 IGNORE = -100
+MIXSE = {"router": ["mixse_router.*"], "joint": ["mixse_router.*", "*.experts_*"]}  # patterns of what trains
 
 
 def rows(step: int) -> list[dict[str, torch.Tensor]]:
@@ -55,6 +56,8 @@ def config(cell: Cell, folder: str) -> RunConfig:
         trainable = {"include": ["*.experts.*"], "experts": {layer: [0] for layer in moe_layers}}
     elif cell.trainable == "one layer":
         trainable = {"include": ["*.experts.*"], "experts": {moe_layers[0]: [0, 2, 3]}}
+    elif cell.trainable in MIXSE:
+        trainable = {"include": MIXSE[cell.trainable]}
     return build(
         {
             "run": {"dir": "unused"},
