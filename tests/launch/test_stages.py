@@ -10,6 +10,7 @@ from moe_dist.config.recipe import Recipe, Stage
 from moe_dist.errors import EXIT_OK, EXIT_USER, UserError
 from moe_dist.launch.stages import command, describe, run_recipe
 from tests.methods.nexus.tiny import nexus_folder
+from tests.recipes import DEADLY
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -174,23 +175,11 @@ def test_a_second_request_kills(tmp_path):
     assert process.wait(60) == 137
 
 
-DEADLY = """
-import os, signal
-from pathlib import Path
-rename = os.rename
-def rename_and_die(old, new, **options):
-    rename(old, new, **options)
-    if Path(new).name == "smaller" and Path(__file__).with_name("deadly").exists():
-        os.kill(os.getpid(), signal.SIGKILL)
-os.rename = rename_and_die
-"""
-
-
-def test_a_stage_killed_between_its_folder_and_its_mark_is_done(tmp_path):
+def test_a_stage_killed_between_its_folder_and_its_mark_is_done(tmp_path, monkeypatch):
     """A real verb, killed at the first moment at which its folder is there."""
     nexus_folder("llama", tmp_path / "model")
     (tmp_path / "sitecustomize.py").write_text(DEADLY)
-    (tmp_path / "deadly").touch()
+    monkeypatch.setenv("DIE_AT", "smaller")
     stage = Stage(
         name="remove",
         verb="nexus remove",
@@ -199,7 +188,7 @@ def test_a_stage_killed_between_its_folder_and_its_mark_is_done(tmp_path):
     )
     recipe = Recipe(str(tmp_path / "run"), [stage])
     assert go(recipe)[0] == 137
-    (tmp_path / "deadly").unlink()
+    monkeypatch.delenv("DIE_AT")
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "smaller").iterdir()}
     assert tmp_path / "smaller" / "config.json" in stamps
     code, lines = go(recipe)

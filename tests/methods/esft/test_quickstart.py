@@ -48,7 +48,9 @@ def shortened(folder: Path) -> Path:
 
 def test_from_nothing_to_a_merged_model_and_nothing_twice(tmp_path):
     recipe = shortened(tmp_path)
-    first = run_recipe(recipe)
+    written = ["base-model", "adapter", "merged"]
+    first = run_recipe(recipe, die_at=written)  # the same command again, whenever a stage was killed there
+    assert [first.count(f"was killed after it had made {tmp_path / 'run' / name},") for name in written] == [1] * 3
     folder = tmp_path / "run"
     total = len(read_mapping(RECIPE)["stages"])
     assert f"[{total}/{total}] compare: done" in first
