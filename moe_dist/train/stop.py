@@ -9,13 +9,18 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopFlag:
-    """Context in which SIGTERM, SIGUSR1 and Ctrl-C set `requested`; a second Ctrl-C interrupts at once."""
+    """Context in which SIGTERM, SIGUSR1 and Ctrl-C set `requested`; a second Ctrl-C interrupts at once.
+
+    Within another such context it starts with what that one has been asked.
+    """
 
     def __init__(self) -> None:
         self.requested = False
 
     def __enter__(self) -> StopFlag:
         self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        outer = getattr(self._previous[signal.SIGTERM], "__self__", None)
+        self.requested = isinstance(outer, StopFlag) and outer.requested
         return self
 
     def __exit__(self, *exception) -> None:

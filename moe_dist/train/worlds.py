@@ -13,7 +13,7 @@ import threading
 import time
 from _thread import interrupt_main
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from signal import SIGTERM
 
@@ -22,12 +22,13 @@ import torch.distributed as dist
 
 from moe_dist.errors import EXIT_TRANSIENT, PeerFailure, UserError
 from moe_dist.train.start import form_group, on_rank_zero
+from moe_dist.train.stop import StopFlag
 
 LOOK = 1.0  # seconds between two looks at the others
 SILENCE = 120.0  # a rank that has shown no sign of life for so long is taken for dead
 GRACE = 60.0  # what a rank gets to save and end by itself once another has failed
 _STORE_TIMEOUT = timedelta(minutes=5)
-_ENDED = "ended"
+_STOPPED, _FAILED = "stopped", "failed"
 
 
 def group_count(ranks: int, *, most: int, asked: int | None = None) -> int:
@@ -49,9 +50,10 @@ def group_count(ranks: int, *, most: int, asked: int | None = None) -> int:
 class Worlds:
     """This rank's view of the groups. index: of its own group; count: of all of them."""
 
-    def __init__(self, index: int, count: int, watch: _Watch | None = None):
+    def __init__(self, index: int, count: int, flag: StopFlag, watch: _Watch | None = None):
         self.index, self.count = index, count
-        self._watch = watch
+        self._flag, self._watch = flag, watch
+        self._left: bool | None = None
 
     def at(self, label: str) -> None:
         """Say what this rank is doing, for messages about it; raises PeerFailure where another rank has failed."""
@@ -60,14 +62,40 @@ class Worlds:
             self._watch.check()
 
     def stop(self, label: str) -> None:
-        """Ask all other groups to stop, as this one has been asked."""
+        """Ask all other groups to stop, as this one has been asked at `label`."""
         if self._watch is not None:
-            self._watch.end("stopped", label)
+            self._watch.stopped = True
+            self._watch.tell(_STOPPED, label)
 
     @property
     def stopped(self) -> bool:
-        """Whether a rank of any group has been asked to stop."""
-        return self._watch is not None and self._watch.news is not None and self._watch.news[0] == "stopped"
+        """Whether a rank has been asked to stop. Within `split` collective over the group, and it tells the others."""
+        if self._left is not None:
+            return self._left
+        asked = self._any()
+        if asked and self._watch is not None:
+            self.stop(self._watch.label)
+        return asked
+
+    def wait(self, store: dist.Store, world: int) -> None:
+        """Wait for the ranks of all groups."""
+        self.at("done")
+        store.add("done", 1)
+        while store.add("done", 0) < world:
+            self._watch.check()
+            if self._flag.requested:
+                self.stop("done")
+            time.sleep(LOOK / 5)
+
+    def settle(self) -> None:
+        """The last word on `stopped`, the same on all ranks, which are one world again. Collective."""
+        self._left = self._any()
+
+    def _any(self) -> bool:
+        asked = torch.tensor(int(self._flag.requested or (self._watch is not None and self._watch.stopped)))
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return bool(asked)
 
 
 @contextmanager
@@ -81,7 +109,8 @@ def split(count: int, device: torch.device) -> Iterator[Worlds]:
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     assert world % count == 0, f"{world} ranks, {count} groups"
     if count == 1:
-        yield Worlds(0, 1)
+        with StopFlag() as flag:
+            yield Worlds(0, 1, flag)
         return
     size = world // count
     host = os.environ["MASTER_ADDR"]
@@ -97,11 +126,13 @@ def split(count: int, device: torch.device) -> Iterator[Worlds]:
     watch = _Watch(watched, rank, world)
     watch.start()
     try:
-        yield Worlds(rank // size, count, watch)
-        _wait_for_all(store, world, watch)
+        with StopFlag() as flag:
+            worlds = Worlds(rank // size, count, flag, watch)
+            yield worlds
+            worlds.wait(store, world)
     except BaseException as error:
         if not isinstance(error, PeerFailure):
-            watch.end("failed", f"{watch.label}: {error or type(error).__name__}")
+            watch.tell(_FAILED, f"{watch.label}: {error or type(error).__name__}")
         if rank == 0:
             time.sleep(3 * LOOK)  # the store lives here: let the others hear of it
         raise
@@ -110,7 +141,7 @@ def split(count: int, device: torch.device) -> Iterator[Worlds]:
         os.environ |= kept
     leave_world()
     form_group(device, store=dist.PrefixStore("whole", store))
-    dist.barrier()  # rank 0, where the store lives, may end its process now
+    worlds.settle()  # also says that rank 0, where the store lives, may end its process now
 
 
 def leave_world() -> None:
@@ -123,72 +154,58 @@ def leave_world() -> None:
         dist.destroy_process_group()
 
 
-def _wait_for_all(store: dist.Store, world: int, watch: _Watch) -> None:
-    watch.label = "done"
-    store.add("done", 1)
-    while store.add("done", 0) < world:
-        watch.check()
-        time.sleep(LOOK / 5)
-
-
 class _Watch(threading.Thread):
-    """Shows that this rank lives, looks whether its neighbour does, and hears of what has ended elsewhere.
+    """Shows that this rank lives, looks whether its neighbour does, and hears of what has happened elsewhere.
 
-    label: what this rank is at. news: (`failed` or `stopped`, what was said), once there are any.
+    label: what this rank is at. stopped: whether a rank has been asked to stop. failed: what a rank has died of.
     """
 
     def __init__(self, store: dist.Store, rank: int, world: int):
         super().__init__(name="watch", daemon=True)
-        self.label, self.news = "start", None
+        self.label, self.stopped, self.failed = "start", False, ""
         self._store, self._rank, self._neighbour = store, rank, (rank + 1) % world
         self._over = threading.Event()
 
     def check(self) -> None:
         """Raises PeerFailure if a rank of this launch has failed."""
-        if self.news is not None and self.news[0] == "failed":
-            raise PeerFailure(self.news[1])
+        if self.failed:
+            raise PeerFailure(self.failed)
 
-    def end(self, kind: str, what: str) -> None:
-        """Tell all ranks, unless another one has spoken before."""
-        try:
-            said = self._store.compare_set(_ENDED, "", f"{kind} {what}").decode()
-        except RuntimeError:
-            said = f"{kind} {what}"  # rank 0, where the store lives, is gone, and the others will notice
-        self.news = tuple(said.split(" ", 1))
+    def tell(self, key: str, what: str) -> None:
+        """Tell all ranks; of several failures they hear the first."""
+        with suppress(RuntimeError):  # rank 0, where the store lives, is gone: they will notice
+            self._store.compare_set(key, "", what)
 
     def close(self) -> None:
         self._over.set()
         self.join()
 
     def run(self) -> None:
-        beats, last, seen_at = 0, "", time.monotonic()
+        beats, seen, now, failed_at = 0, "", "", None
+        seen_at = time.monotonic()
         while not self._over.wait(LOOK):
             beats += 1
             try:
                 self._store.set(f"alive-{self._rank}", f"{beats} {self.label}")
-                if self._store.check([_ENDED]):
-                    self.news = tuple(self._store.get(_ENDED).decode().split(" ", 1))
-                    break
-                key = f"alive-{self._neighbour}"
-                seen = self._store.get(key).decode() if self._store.check([key]) else ""
+                now = self._read(f"alive-{self._neighbour}")
+                self.stopped = self.stopped or bool(self._read(_STOPPED))
+                self.failed = self.failed or self._read(_FAILED)
             except RuntimeError:
-                self.news = ("failed", "rank 0 is gone")
-                break
-            if seen != last:
-                last, seen_at = seen, time.monotonic()
+                self.failed = self.failed or "rank 0 is gone"
+            if now != seen:
+                seen, seen_at = now, time.monotonic()
             elif time.monotonic() - seen_at > SILENCE:
                 at = seen.partition(" ")[2] or "start"
-                self.end("failed", f"{at}: rank {self._neighbour} has shown no sign of life for {SILENCE:.0f} s")
-                break
-        else:
-            return
-        # A run in training saves and ends at its next step, as when it is asked to from outside; one that is not there
-        # yet does not hear it, and is asked again.
-        deadline = time.monotonic() + GRACE
-        while time.monotonic() < deadline:
-            interrupt_main(SIGTERM)
-            if self._over.wait(LOOK):
-                return
-        if self.news[0] == "failed":
-            print(f"moe-dist [rank {self._rank}]: ending, since {self.news[1]}", file=sys.stderr, flush=True)
-            os._exit(EXIT_TRANSIENT)
+                self.tell(_FAILED, f"{at}: rank {self._neighbour} has shown no sign of life for {SILENCE:.0f} s")
+            if self.stopped or self.failed:
+                # A run in training saves and ends at its next step. One that has not come so far is asked again.
+                interrupt_main(SIGTERM)
+            if self.failed:
+                failed_at = failed_at or time.monotonic()
+                if time.monotonic() - failed_at > GRACE:
+                    print(f"moe-dist [rank {self._rank}]: ending, since {self.failed}", file=sys.stderr, flush=True)
+                    os._exit(EXIT_TRANSIENT)
+
+    def _read(self, key: str) -> str:
+        """The value of a key, '' where it has none: `get` would wait for one."""
+        return self._store.get(key).decode() if self._store.check([key]) else ""

@@ -25,3 +25,15 @@ def test_a_second_interrupt_is_immediate():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_flag_inside_of_another_knows_what_that_one_was_asked():
+    with StopFlag() as outer:
+        with StopFlag() as inner:
+            assert not inner.requested
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert inner.requested
+        assert not outer.requested
+        os.kill(os.getpid(), signal.SIGTERM)
+        with StopFlag() as later:
+            assert later.requested

@@ -154,14 +154,14 @@ def _rank(rank: int, world: int, port: int, words: list[str], fault: str, log: s
     sys.exit(main(["nexus", "branch", *words]))
 
 
-def started(folder, *words, fault=""):
+def started(folder, *words, fault="", world=2):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    logs, port = [folder / f"log-{rank}" for rank in range(2)], free_port()
+    logs, port = [folder / f"log-{rank}" for rank in range(world)], free_port()
     words = [str(folder / "branch.yaml"), *words]
     processes = [
-        context.Process(target=_rank, args=(rank, 2, port, words, fault, str(logs[rank])), daemon=True)
-        for rank in range(2)
+        context.Process(target=_rank, args=(rank, world, port, words, fault, str(logs[rank])), daemon=True)
+        for rank in range(world)
     ]
     for process in processes:
         process.start()
@@ -213,16 +213,33 @@ def test_an_expert_that_fails_ends_those_of_other_groups(folder):
     assert "torn.jsonl:2" in logs[0].read_text()
 
 
-def test_a_request_to_one_rank_stops_all_of_them_saved(folder):
-    out = folder / "stopped"
-    processes, _ = started(folder, f"run.dir={out}", LONG, "branch.overrides.prose=[train.steps=100000]")
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_request_to_one_rank_stops_all_of_them_saved(folder, world):
+    out = folder / f"stopped-{world}"
+    words = [f"run.dir={out}", "branch.groups=2", LONG, "branch.overrides.prose=[train.steps=100000]"]
+    processes, _ = started(folder, *words, world=world)
     wait_for(out / "runs" / "code", 3)
     wait_for(out / "runs" / "prose", 3)
-    os.kill(processes[1].pid, signal.SIGTERM)
-    assert ended(processes, seconds=60) == [EXIT_PREEMPTED] * 2
+    os.kill(processes[-1].pid, signal.SIGTERM)
+    assert ended(processes, seconds=60) == [EXIT_PREEMPTED] * world
     for name in ("code", "prose"):
         assert list((out / "runs" / name / "checkpoints").glob("step-*"))
         assert not (out / name).exists()
+
+
+def test_a_request_to_a_rank_that_waits_for_the_others(folder):
+    out = folder / "waiting"
+    processes, _ = started(folder, f"run.dir={out}", LONG)
+    wait_for(out / "runs" / "code", 3)
+    deadline = time.monotonic() + 60
+    while not (out / "branch.json").exists():
+        assert time.monotonic() < deadline, "the second group did not come to its end"
+        time.sleep(0.05)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    assert ended(processes, seconds=60) == [EXIT_PREEMPTED] * 2
+    assert list((out / "runs" / "code" / "checkpoints").glob("step-*"))
+    assert (out / "prose" / "config.json").exists()
+    assert not (out / "runs" / "sums").exists()
 
 
 # Wrong input
