@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,3 +159,21 @@ def test_a_base_with_routed_experts_and_unknown_targets_are_refused_before_anyth
     assert "nothing in this model is called wq" in ranks(1, refused, folder, tmp_path / "b", "lora.targets=[wq]")[0]
     assert not (tmp_path / "a").exists()
     assert not (tmp_path / "b").exists()
+
+
+def test_the_shipped_configuration_has_the_papers_numbers(tmp_path, monkeypatch):
+    shipped = Path(__file__).parents[3] / "configs/self_moe/specialise.yaml"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/base").mkdir(parents=True)
+    (tmp_path / "generated").mkdir()
+    for skill in ("knowledge", "reasoning", "math", "coding"):
+        (tmp_path / f"generated/{skill}.jsonl").touch()
+    plan = load_specialising(shipped)
+    for config in plan.experts.values():
+        lora, train = config.lora, config.train
+        assert (lora.rank, lora.alpha, lora.targets) == (8, 16, ["all-linear"])
+        assert (train.lr, train.global_batch_size, train.steps) == (3e-4, 32, round(3 * 5000 / 32))
+        assert config.data.packing is False
+    assert [len(plan.deal(ranks)) for ranks in (1, 2, 4, 8)] == [1, 2, 4, 4]
+    instance = load_specialising(shipped, ["specialise.instance=true"])
+    assert [config.train.steps for config in instance.experts.values()] == [4 * 469]
