@@ -57,8 +57,15 @@ def test_from_dense_models_to_a_served_one(folder):
         ["nexus", "upcycle", "nexus.yaml", "bad2", "nexus.experts.python=./nowhere"],
         ["nexus", "embed", "new.yaml", "--out", "bad3"],
         ["nexus", "remove", "more", "law", "bad4"],
-        ["nexus", "extend", "new.yaml", "bad5", "nexus.model=./up", "nexus.domains=new.safetensors",
-         "data.train={new: {path: empty.jsonl}}"],
+        [
+            "nexus",
+            "extend",
+            "new.yaml",
+            "bad5",
+            "nexus.model=./up",
+            "nexus.domains=new.safetensors",
+            "data.train={new: {path: empty.jsonl}}",
+        ],
         ["nexus", "grow"],
     )
     assert codes == [EXIT_OK] * 6 + [EXIT_USER] * 7, errors
