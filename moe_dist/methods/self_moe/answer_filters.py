@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from moe_dist.errors import UserError
 from moe_dist.methods.self_moe.answers import AnswerRule
-from moe_dist.methods.self_moe.checker import Limits, run_program
+from moe_dist.methods.self_moe.checker import Limits, Verdict, run_programs
 from moe_dist.methods.self_moe.filters_base import RESPONSE, Draft
 
 OWN = Path(__file__).parent / "checks"
@@ -67,10 +69,18 @@ class Checked:
             raise UserError(f"check={program}: defines no function check(instruction, response)")
 
     def __call__(self, draft: Draft) -> str | None:
-        call = CALL.format(instruction=draft.instruction, response=draft.response)
-        verdict = run_program(f"{self.source}\n{call}", limits=self.limits)
-        if verdict.passed:
-            return None
-        if verdict.status == "failed":
-            return "check_no" if verdict.detail.startswith("AssertionError: check gave ") else "check_error"
-        return f"check_{verdict.status}"
+        return self.all([draft])[0]
+
+    def all(self, drafts: Sequence[Draft]) -> list[str | None]:
+        """What the program makes of each draft, one on every core at a time."""
+        calls = [CALL.format(instruction=draft.instruction, response=draft.response) for draft in drafts]
+        sources = (f"{self.source}\n{call}" for call in calls)
+        return [_reason(it) for it in run_programs(sources, workers=os.cpu_count() or 1, limits=self.limits)]
+
+
+def _reason(verdict: Verdict) -> str | None:
+    if verdict.passed:
+        return None
+    if verdict.status == "failed":
+        return "check_no" if verdict.detail.startswith("AssertionError: check gave ") else "check_error"
+    return f"check_{verdict.status}"

@@ -33,13 +33,21 @@ class Draft:
 
 
 class Filter(Protocol):
-    """`stage`: INSTRUCTION sees drafts without a response, RESPONSE whole ones. `name`: as provenance lists it."""
+    """`stage`: INSTRUCTION sees drafts without a response, RESPONSE whole ones. `name`: as provenance lists it.
+
+    One that is slow, and remembers nothing, may have a method `all`: its answers to many drafts, found side by side.
+    """
 
     name: str
     stage: str
 
     def __call__(self, draft: Draft) -> str | None:
         """None to keep the draft, else the reason in a word or two, under which it is counted."""
+
+
+def look(test: Filter, drafts: Sequence[Draft]) -> list[str | None]:
+    """What a filter says to each draft, in order."""
+    return test.all(drafts) if hasattr(test, "all") else [test(draft) for draft in drafts]
 
 
 class WellFormed:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import transformers
 
 from moe_dist import __version__
-from moe_dist.errors import EXIT_OK, EXIT_PREEMPTED
+from moe_dist.errors import EXIT_OK, EXIT_PREEMPTED, UserError
 from moe_dist.methods.self_moe.backend import Backend
 from moe_dist.methods.self_moe.batches import Batch, derive_seed
 from moe_dist.methods.self_moe.board import Board
@@ -33,6 +33,7 @@ from moe_dist.train.start import on_rank_zero
 from moe_dist.train.stop import StopFlag
 
 Say = Callable[[str], None]
+FAILED = "failed"
 PHASES = (
     ("instructions", SkillRun.brainstorm, SkillRun.take_instructions),
     ("responses", SkillRun.answer, SkillRun.take_responses),
@@ -133,20 +134,32 @@ class _Crew:
         }
 
     def generate(self, title: str, batches: Sequence[Batch], stop: StopFlag) -> bool:
-        """Generate the batches that are not there yet. Collective; False where a rank was asked to stop first."""
+        """Generate the batches that are not there yet. Collective; False where a rank was asked to stop first.
+
+        Raises UserError on all ranks where the back end fails on one.
+        """
         self.phases += 1
         taken, done = f"{self.phases}/taken", f"{self.phases}/done"
         todo = on_rank_zero(lambda: [place for place, batch in enumerate(batches) if not self.parts.has(batch)])
         total = sum(len(batches[place].items) for place in todo)
         count = TokenCount(self.board)
+        failure = ""
         with shown(title, self.board, done=done, total=total, say=self.say, terminal=self.terminal):
-            while not stop.requested and (turn := self.board.add(taken)) <= len(todo):
+            while not stop.requested and not self.board.read(FAILED) and (turn := self.board.add(taken)) <= len(todo):
                 batch = batches[todo[turn - 1]]
-                self.parts.write(batch, self._complete(batch, count))
+                try:
+                    self.parts.write(batch, self._complete(batch, count))
+                except UserError as error:  # a server that is gone, say: all ranks end, each after its batch
+                    failure = str(error)
+                    self.board.add(FAILED)
+                else:
+                    self.board.add(done, len(batch.items))
                 count.flush()
-                self.board.add(done, len(batch.items))
-            stopped = _on_any_rank(stop.requested)  # here all ranks have stored what they took
-        return not stopped
+            ends = _of_all_ranks((failure, stop.requested))  # here all ranks have stored what they took
+        for failure, _ in ends:
+            if failure:
+                raise UserError(failure)
+        return not any(stopped for _, stopped in ends)
 
     def _complete(self, batch: Batch, count: TokenCount) -> Part:
         prompts = [item.prompt for item in batch.items]
@@ -159,9 +172,10 @@ class _Crew:
         return Part(done, samples, self.versions)
 
 
-def _on_any_rank(value: Any) -> bool:
+def _of_all_ranks(value: Any) -> list[Any]:
+    """What every rank has, by rank. Collective."""
     if not dist.is_initialized():
-        return bool(value)
-    flag = torch.tensor(int(bool(value)))
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag)
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -59,9 +59,10 @@ class LocalModel:
         return [len(ids) for ids in self.encode(texts)]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text as a prompt."""
+        """Token ids of each text as a prompt: without an end mark, which some tokenizers put after every text."""
         options = {"add_special_tokens": self.marks, "return_attention_mask": False, "verbose": False}
-        return self.tokenizer(list(texts), **options)["input_ids"]
+        rows = self.tokenizer(list(texts), **options)["input_ids"]
+        return [row[:-1] if row[-1:] == [self.tokenizer.eos_token_id] else row for row in rows]
 
     def complete(
         self,

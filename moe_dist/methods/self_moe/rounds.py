@@ -16,7 +16,7 @@ from moe_dist.methods.self_moe import instructions, responses
 from moe_dist.methods.self_moe.backend import Backend, Completion, Sampling
 from moe_dist.methods.self_moe.batches import Batch, cut
 from moe_dist.methods.self_moe.config_generate import GenerateSection
-from moe_dist.methods.self_moe.filters_base import INSTRUCTION, RESPONSE, Draft, Filter
+from moe_dist.methods.self_moe.filters_base import INSTRUCTION, RESPONSE, Draft, Filter, look
 from moe_dist.methods.self_moe.parts import Part
 from moe_dist.methods.self_moe.prompts import Prompts
 from moe_dist.methods.self_moe.seeds import Seed
@@ -90,15 +90,15 @@ class SkillRun:
 
     def take_instructions(self, results: Results) -> None:
         """Look through what was brainstormed: instructions that pass wait for their answers."""
+        found: dict[str, _Waiting] = {}
         for batch, item, done, _, versions in _by_id(results):
             origin = self._origin(batch, item.seeds, done, versions)
-            drafts = instructions.to_drafts(
-                self.skill, item.id, done.text, finished=done.finished, tasks=self.prompts.tasks
-            )
-            self.counts["instructions"] += len(drafts)
-            for draft in drafts:
-                if self._passes(draft, INSTRUCTION):
-                    self._pool.append(_Waiting(draft, origin))
+            tasks = self.prompts.tasks
+            for draft in instructions.to_drafts(self.skill, item.id, done.text, finished=done.finished, tasks=tasks):
+                found[draft.id] = _Waiting(draft, origin)
+        self.counts["instructions"] += len(found)
+        kept = self._filtered([waiting.draft for waiting in found.values()], INSTRUCTION)
+        self._pool += [found[draft.id] for draft in kept]
 
     def answer(self) -> list[Batch]:
         """Batches that answer as many of the waiting instructions as the missing records should take."""
@@ -126,12 +126,14 @@ class SkillRun:
 
     def take_responses(self, results: Results) -> None:
         """Make records of the answered instructions that pass."""
+        drafts, origins = [], {}
         for batch, item, done, more, versions in _by_id(results):
-            waiting = self._asked[item.id]
-            draft = replace(waiting.draft, response=done.text.strip(), finished=done.finished, samples=more)
-            self.counts["answered"] += 1
-            if self._passes(draft, RESPONSE):
-                self.records.append(self._record(draft, waiting, self._origin(batch, item.seeds, done, versions)))
+            draft = self._asked[item.id].draft
+            drafts.append(replace(draft, response=done.text.strip(), finished=done.finished, samples=more))
+            origins[item.id] = self._origin(batch, item.seeds, done, versions)
+        self.counts["answered"] += len(drafts)
+        for draft in self._filtered(drafts, RESPONSE):
+            self.records.append(self._record(draft, self._asked[draft.id], origins[draft.id]))
 
     @property
     def _passed(self) -> int:
@@ -142,14 +144,14 @@ class SkillRun:
         """Instructions to be answered for the missing records, at the share that was kept so far."""
         return math.ceil(self.missing * (self.counts["answered"] + 1) / (len(self.records) + 1))
 
-    def _passes(self, draft: Draft, stage: str) -> bool:
+    def _filtered(self, drafts: list[Draft], stage: str) -> list[Draft]:
+        """The drafts that pass every filter of a stage; each filter sees those that the ones before it have kept."""
         for test in self.filters:
             if test.stage == stage:
-                reason = test(draft)
-                if reason is not None:
-                    self.reasons[reason] += 1
-                    return False
-        return True
+                reasons = look(test, drafts)
+                self.reasons.update(reason for reason in reasons if reason is not None)
+                drafts = [draft for draft, reason in zip(drafts, reasons, strict=True) if reason is None]
+        return drafts
 
     def _cut(self, items, phase: str, **more) -> list[Batch]:
         batches = cut(

@@ -46,3 +46,27 @@ def generation(base, tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def one_thread():
+    """As the ranks have: sums in another order are other sums."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """What the model was asked: (prompts, sampling) of every batch."""
+    from moe_dist.methods.self_moe.local_model import LocalModel
+
+    asked, complete = [], LocalModel.complete
+
+    def spy(self, prompts, sampling, **options):
+        asked.append((prompts, sampling))
+        return complete(self, prompts, sampling, **options)
+
+    monkeypatch.setattr(LocalModel, "complete", spy)
+    return asked

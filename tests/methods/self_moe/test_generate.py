@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,23 +14,15 @@ import yaml
 from moe_dist.data.chat import encode_chat
 from moe_dist.data.records import RecordLog
 from moe_dist.data.sources import local_source
-from moe_dist.errors import EXIT_OK, EXIT_PREEMPTED, UserError
+from moe_dist.errors import EXIT_OK, UserError
 from moe_dist.methods.self_moe.config_generate import load_config
 from moe_dist.methods.self_moe.generate import generate
 from moe_dist.methods.self_moe.local_model import LocalModel
 from moe_dist.methods.self_moe.seeds import read_seeds
 
 SKILLS = ("echo", "twice")
+pytestmark = pytest.mark.usefixtures("one_thread")
 ALPACA = Path(__file__).parents[3] / "configs" / "self_moe" / "alpaca.jinja"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As the ranks have: sums in another order are other sums."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(config: Path, out: Path, **options) -> int:
@@ -47,19 +35,6 @@ def records_of(out: Path, skill: str) -> list[dict]:
 
 def bytes_of(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.is_file()}
-
-
-@pytest.fixture
-def batches(monkeypatch):
-    """What the model was asked: (prompts, sampling) of every batch."""
-    asked, complete = [], LocalModel.complete
-
-    def spy(self, prompts, sampling, **options):
-        asked.append((prompts, sampling))
-        return complete(self, prompts, sampling, **options)
-
-    monkeypatch.setattr(LocalModel, "complete", spy)
-    return asked
 
 
 def test_m8_the_data_pipeline(generation, tmp_path, batches):
@@ -170,64 +145,6 @@ def test_a_slow_rank_delays_nobody_and_hangs_nobody(generation, tmp_path, ranks)
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "plain")
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from moe_dist.methods.self_moe.parts import Parts
-from tests.methods.self_moe.test_generate import run
-import torch
-torch.set_num_threads(1)
-write, left = Parts.write, [5]
-def last(self, batch, part):
-    left[0] -= 1
-    if not left[0]:
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(self, batch, part)
-Parts.write = last
-run(Path(sys.argv[1]), Path(sys.argv[2]))
-"""
-
-
-def test_a_killed_run_goes_on_and_loses_the_batch_in_flight_alone(generation, tmp_path, batches):
-    config = generation()
-    assert run(config, tmp_path / "whole") == EXIT_OK
-    total = len(batches)
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, config, tmp_path / "out"], env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert killed.returncode == -signal.SIGKILL
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".parts"]
-    stored = list((tmp_path / "out" / ".parts").rglob("*.json"))
-    assert len(stored) == 4
-    stored[0].write_text(stored[0].read_text()[:-30])  # a damaged part is generated again
-    batches.clear()
-    assert run(config, tmp_path / "out") == EXIT_OK
-    assert len(batches) == total - 3
-    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
-    batches.clear()
-    assert run(config, tmp_path / "out") == EXIT_OK  # nothing is left to be done
-    assert not batches
-
-
-def test_a_run_that_is_asked_to_stop_goes_on(generation, tmp_path, monkeypatch, batches):
-    config, complete = generation(), LocalModel.complete
-
-    def interrupted(self, *args, **options):
-        done = complete(self, *args, **options)
-        if len(batches) == 3:
-            signal.raise_signal(signal.SIGTERM)
-        return done
-
-    monkeypatch.setattr(LocalModel, "complete", interrupted)
-    lines = []
-    assert run(config, tmp_path / "out", say=lines.append) == EXIT_PREEMPTED
-    assert len(list((tmp_path / "out" / ".parts").rglob("*.json"))) == 3  # what was begun is stored
-    assert "goes on" in lines[-1]
-    assert run(config, tmp_path / "out") == EXIT_OK
-    assert run(config, tmp_path / "whole") == EXIT_OK
-    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
-
-
 def test_a_skill_without_usable_records_is_named_and_the_others_are_written(generation, tmp_path):
     seeds = tmp_path / "copied.jsonl"
     generation()
@@ -291,3 +208,25 @@ def test_an_instruction_too_long_to_be_answered_is_counted(generation, tmp_path,
     (answers,) = skill.answer()
     assert skill.reasons[TOO_LONG] == 1
     assert [item.id[-2:] for item in answers.items] == ["01"]
+
+
+def test_answers_are_checked_by_samples_and_by_a_program(generation, tmp_path, batches):
+    """Self-consistency draws further answers to the same prompts, seeded by batch; a program has the last word."""
+    (tmp_path / "mine.py").write_text("def check(instruction, response):\n    return len(response) % 2 == 1\n")
+    config = generation(
+        count=4, seeds={"echo": str(tmp_path / "echo.jsonl")}, prompts={"echo": str(tmp_path / "prompts.yaml")}
+    )
+    tree = yaml.safe_load(config.read_text())
+    tree["filters"] = {"samples": 2, "agreement": 0.01, "answer": "^[a-h]", "check": str(tmp_path / "mine.py")}
+    config.write_text(yaml.safe_dump(tree))
+    assert run(config, tmp_path / "out") == EXIT_OK
+    answered = [prompts for prompts, _ in batches if prompts[0].startswith("Answers")]
+    drawn = [prompts for prompts, sampling in batches if prompts[0].startswith("Answers") and sampling.temperature]
+    assert len(answered) == 3 * (len(answered) - len(drawn))
+    for record in records_of(tmp_path / "out", "echo"):
+        assert len(record["messages"][1]["content"]) % 2
+        assert record["provenance"]["passed"][-2:] == ["self_consistent", "checked"]
+    (part, *_) = sorted((tmp_path / "out" / ".parts").rglob("responses-*.json"))
+    assert all(len(row["samples"]) == 2 for row in json.loads(part.read_text())["completions"])
+    assert run(config, tmp_path / "again") == EXIT_OK
+    assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "out")
