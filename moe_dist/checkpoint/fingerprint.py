@@ -28,13 +28,16 @@ _READ_BYTES = 16 << 20
 EXPERTS = "mixse"  # where a mixture keeps its experts and its router, beside the weights of its base
 
 
-def fingerprint(folder: str | Path, *, how: str = "sampled") -> str:
-    """`"<how>:<sha256 hex>"` of the tensors of a Hugging Face model folder. CheckpointError if there are none."""
+def fingerprint(folder: str | Path, *, how: str = "sampled", experts: bool = True) -> str:
+    """`"<how>:<sha256 hex>"` of the tensors of a Hugging Face model folder. CheckpointError if there are none.
+
+    experts: false leaves out a mixture's experts and router: it is then its base.
+    """
     folder = Path(folder)
     if how not in ("sampled", "full"):
         raise CheckpointError(f"{how!r} is no way to take a fingerprint; use 'sampled' or 'full'")
     entries: dict[str, bytes] = {}
-    for path in _tensor_files(folder):
+    for path in _tensor_files(folder, experts=experts):
         with open(path, "rb") as file:
             data_start, header = _header(file, path)
             for name, entry in header.items():
@@ -49,7 +52,7 @@ def fingerprint(folder: str | Path, *, how: str = "sampled") -> str:
     return f"{how}:{whole.hexdigest()}"
 
 
-def _tensor_files(folder: Path) -> list[Path]:
+def _tensor_files(folder: Path, *, experts: bool) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weight_map = decode(index.read_bytes(), where=str(index)).get("weight_map")
@@ -64,7 +67,7 @@ def _tensor_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder}: {', '.join(missing)} missing")
     if not paths:
         raise CheckpointError(f"{folder}: no safetensors files there")
-    return paths + sorted(folder.glob(f"{EXPERTS}/**/*.safetensors"))
+    return paths + (sorted(folder.glob(f"{EXPERTS}/**/*.safetensors")) if experts else [])
 
 
 def _header(file: BinaryIO, path: Path) -> tuple[int, dict[str, dict[str, Any]]]:

@@ -10,4 +10,5 @@ VERBS = {
     "specialise": "train one LoRA expert for each skill, side by side where there are ranks for it",
     "compose": "make one model of a base and its experts: a mixture, or a merge to compare it with",
     "evaluate": "answer held-out items: exact match, programs that run, lm-evaluation-harness",
+    "export": "write one expert of a mixture by itself: an adapter of PEFT, or merged into the base",
 }

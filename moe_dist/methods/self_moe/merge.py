@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from moe_dist.checkpoint import fingerprint
+from moe_dist.config.strict_json import read_json
 from moe_dist.errors import UserError
 from moe_dist.methods.self_moe.merging import Combine
 from moe_dist.models.adapter import LoraAdapter, open_lora
 from moe_dist.models.conversion import plan_reading
 from moe_dist.models.folder import WeightFiles, open_weights
+from moe_dist.models.mixse.spec import KEY
 from moe_dist.models.patched import Patch, check_new, write_patched
 from moe_dist.models.skeleton import build_skeleton, read_config
 
@@ -37,21 +39,25 @@ def merge_adapters(
 ) -> Path:
     """Write `base` with `combine([ΔW of each expert])` added to its weights as a Hugging Face folder. One process.
 
-    out: new or empty. An expert without a layer has a change of zeros there. Sums are taken in float32 and rounded once
-    to the base's dtype; tensors that no adapter changes, configuration and tokenizer are the base's to the bit. One
-    weight is in memory at a time. beside: JSON files that come along.
+    base: of a mixture it is its base alone that counts. out: new or empty. An expert without a layer has a change of
+    zeros there. Sums are taken in float32 and rounded once to the base's dtype; tensors that no adapter changes,
+    configuration and tokenizer are the base's to the bit. One weight is in memory at a time. beside: JSON files that
+    come along.
     Raises UserError where an adapter is damaged, does not fit, or was made for another base; nothing is left then.
     """
     base, out = Path(base), Path(out)
     check_new(out)
     config, files = read_config(base), open_weights(base)
     files.check()
+    beside = dict(beside or {})
+    if vars(config).pop(KEY, None) is not None:
+        beside["config.json"] = {k: v for k, v in read_json(base / "config.json").items() if k != KEY}
     experts = [open_lora(adapter) for adapter in adapters]
     skeleton = build_skeleton(config, files.main_dtype())
     stored = plan_reading(skeleton, {key: info.shape for key, info in files.tensors.items()}, {})
     keys = {group.first_target: group.names()[0] for group in stored.dense if group.converter is None}
     linear = {name: module for name, module in skeleton.named_modules() if isinstance(module, torch.nn.Linear)}
-    known = fingerprint(base)
+    known = fingerprint(base, experts=False)
     for expert in experts:
         expert.check_base(base, known)
         expert.check_shapes({name: tuple(module.weight.shape) for name, module in linear.items()})
