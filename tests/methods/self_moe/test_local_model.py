@@ -130,3 +130,16 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path):
     make_folder("mixtral", tmp_path / "model")
     with pytest.raises(UserError, match="no tokenizer can be loaded from"):
         LocalModel(tmp_path / "model", device=CPU)
+
+
+def test_an_end_mark_that_the_tokenizer_adds_is_no_part_of_a_prompt(local, base, tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
+    )
+    tokenizer.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)("do")["input_ids"][-1] == tokenizer.eos_token_id
+    other = LocalModel(base, tokenizer=str(tmp_path), device=CPU)
+    assert other.complete(prompts_of(2), GREEDY, seed=0) == local.complete(prompts_of(2), GREEDY, seed=0)
