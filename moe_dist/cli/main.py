@@ -24,7 +24,7 @@ VERBS = {
     "ckpt": "list and verify checkpoints",
     "doctor": "check this machine and the installation",
     "esft": "train only the experts that a task uses: score, select, adapter, merge",
-    "self-moe": "a base model specialises itself: generate",
+    "self-moe": "a base model specialises itself: generate, specialise, compose, evaluate",
     "nexus": "make one mixture of dense experts: embed, upcycle, extend, remove",
 }
 
