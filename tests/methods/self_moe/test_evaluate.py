@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from tokenizers import processors
 
 from moe_dist.checkpoint.fingerprint import fingerprint
 from moe_dist.data.chat import encode_chat
@@ -18,6 +19,7 @@ from moe_dist.methods.self_moe.config_evaluate import load_config
 from moe_dist.methods.self_moe.evaluate import _prompts, evaluate, open_model
 from moe_dist.methods.self_moe.evaluate_report import figures, render, summary
 from moe_dist.methods.self_moe.harness import check_harness, run_harness
+from moe_dist.methods.self_moe.items import read_items
 from moe_dist.methods.self_moe.merge import merge_adapter
 from moe_dist.models.mixse import RoutingRecorder, write_mixse_folder
 from tests.cli.test_verbs import verbs
@@ -175,9 +177,11 @@ def test_adapter_for_another_model(configured, folder, tmp_path):
 def test_chat_prompts_are_those_of_training(configured, folder):
     config = load_config(configured(prompt="chat", chat_template=str(ALPACA)))
     model = open_model(config.evaluate, CPU)
+    # A tokenizer that begins every text with its mark, as most do; the template writes the mark too.
+    mark = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    model.tokenizer.backend_tokenizer.post_processor = mark
+    assert model.tokenizer("a")["input_ids"][0] == 1
     items = [json.loads(line)["instruction"] for line in (folder / "echo.jsonl").read_text().splitlines()]
-    from moe_dist.methods.self_moe.items import read_items
-
     asked = model.encode(_prompts(read_items(folder / "echo.jsonl"), config.evaluate, model))
     for instruction, ids in zip(items, asked, strict=True):
         messages = [{"role": "user", "content": instruction}, {"role": "assistant", "content": "abc"}]
