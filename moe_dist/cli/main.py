@@ -102,7 +102,8 @@ def _main(argv: list[str]) -> int:
     module = importlib.import_module(package)
     if hasattr(module, "VERBS"):  # a group of verbs, each a module of that package
         if not words or words[0] in ("--help", "-h"):
-            lines = "\n".join(f"  {name:<8} {line}" for name, line in module.VERBS.items())
+            width = max(map(len, module.VERBS))
+            lines = "\n".join(f"  {name:<{width}} {line}" for name, line in module.VERBS.items())
             print(f"usage: moe-dist {verb} VERB ...\n\n{module.__doc__}\nverbs:\n{lines}")
             return EXIT_OK if words else EXIT_USER
         name = _known(words[0], module.VERBS, before=f"{verb} ")

@@ -3,6 +3,12 @@
 examples:
   moe-dist self-moe generate generate.yaml generated
   moe-dist self-moe specialise specialise.yaml run.dir=experts
+  moe-dist self-moe compose compose.yaml composed
+  moe-dist train router.yaml model.path=composed run.dir=runs/router
+  moe-dist export runs/router mixture
+  moe-dist self-moe evaluate evaluate.yaml results evaluate.model=mixture
+  moe-dist self-moe export mixture math-model --expert math --form merged
+  moe-dist run configs/self_moe/quickstart.yaml          all of it, on a small model, in minutes
 """
 
 VERBS = {

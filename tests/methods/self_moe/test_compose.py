@@ -80,7 +80,7 @@ def test_uniform_is_the_mean_of_all_experts(tmp_path, parts):
     assert relative_error(logits(load_model(tmp_path / "uniform", dense=True)), logits(mean)) < 1e-5
 
 
-def test_instance_is_its_one_expert(tmp_path, parts):
+def test_m10_instance_is_its_one_expert(tmp_path, parts):
     base, experts = parts
     compose(configured(tmp_path, base, {"all": experts["code"]}, method="instance"), tmp_path / "out")
     target = open_lora(experts["code"]).targets[0]

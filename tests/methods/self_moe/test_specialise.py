@@ -107,7 +107,7 @@ def test_the_same_command_again_does_what_is_left(folder, alone, ranks):
         assert all(torch.equal(found, alone[name][key]) for key, found in tensors(out / name).items())
 
 
-def test_instance_is_one_expert_on_all_skills(folder, ranks):
+def test_m10_instance_is_one_expert_on_all_skills(folder, ranks):
     out = folder / "instance"
     assert ranks(1, together, folder, out, "specialise.instance=true", timeout=120) == [EXIT_OK]
     manifest = open_lora(out / "instance").manifest
