@@ -2,6 +2,7 @@
 #   make quickstart   train, resume, export and sample a small model (about six minutes after installation)
 #   make quickstart-esft   find the experts that a task uses and train only those (about four minutes)
 #   make quickstart-nexus  upcycle dense experts into one mixture and add one more (about four minutes)
+#   make quickstart-self-moe  a model writes its own data and becomes a mixture of LoRA experts (about five minutes)
 #   make test         lint and the tests
 # PYTHON chooses the interpreter, TORCH the build of torch; a GPU user might say
 #   make test TORCH="torch==2.13.0 --index-url URL"     with the URL of a CUDA build, from the selector on pytorch.org
@@ -14,7 +15,7 @@ SOURCES := $(wildcard csrc/*)
 BENCHMARKS := $(filter-out _%,$(basename $(notdir $(wildcard benchmarks/*.py))))
 CODE := moe_dist tests configs setup.py $(wildcard csrc/*.py benchmarks)
 
-.PHONY: install quickstart quickstart-esft quickstart-nexus test lint format bench parity families clean
+.PHONY: install quickstart quickstart-esft quickstart-nexus quickstart-self-moe test lint format bench parity families clean
 .DELETE_ON_ERROR:
 
 install: .venv/.package
@@ -27,6 +28,9 @@ quickstart-esft: .venv/.package
 
 quickstart-nexus: .venv/.package
 	$(BIN)/moe-dist run configs/nexus/quickstart.yaml
+
+quickstart-self-moe: .venv/.package
+	$(BIN)/moe-dist run configs/self_moe/quickstart.yaml
 
 test: lint
 	$(BIN)/python -m pytest -v -rs
