@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "experts.h"
+#include "lora.h"
 #include "permute.h"
 #include "recycled.h"
 #include "swiglu.h"
@@ -133,6 +134,16 @@ void experts_backward(
   moe_dist::cpu::experts_backward(dy, x, z, w_in, w_out, counts, dx, dw_in, dw_out);
 }
 
+Tensor lora_forward(Tensor x, Tensor a, Tensor b, Tensor mix, Tensor starts, Tensor y) {
+  return moe_dist::cpu::lora_forward(x, a, b, mix, starts, y);
+}
+
+void lora_backward(
+    Tensor dy, Tensor a, Tensor b, Tensor mix, Tensor starts, std::optional<Tensor> u, std::optional<Tensor> dx,
+    std::optional<Tensor> dmix) {
+  moe_dist::cpu::lora_backward(dy, a, b, mix, starts, u, dx, dmix);
+}
+
 }  // namespace on_cpu
 
 #ifdef MOE_DIST_CUDA
@@ -230,6 +241,10 @@ STABLE_TORCH_LIBRARY(moe_dist, library) {
   library.def(
       "experts_backward(Tensor dy, Tensor? x, Tensor? z, Tensor w_in, Tensor w_out, Tensor counts, Tensor(a!)? dx, "
       "Tensor(b!)? dw_in, Tensor(c!)? dw_out) -> ()");
+  library.def("lora_forward(Tensor x, Tensor a, Tensor b, Tensor mix, Tensor starts, Tensor(a!) y) -> Tensor");
+  library.def(
+      "lora_backward(Tensor dy, Tensor a, Tensor b, Tensor mix, Tensor starts, Tensor? u, Tensor(a!)? dx, "
+      "Tensor(b!)? dmix) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moe_dist, CompositeExplicitAutograd, library) {
@@ -248,6 +263,8 @@ STABLE_TORCH_LIBRARY_IMPL(moe_dist, CPU, library) {
   library.impl("swiglu_backward", TORCH_BOX(&on_cpu::swiglu_backward));
   library.impl("experts_forward", TORCH_BOX(&on_cpu::experts_forward));
   library.impl("experts_backward", TORCH_BOX(&on_cpu::experts_backward));
+  library.impl("lora_forward", TORCH_BOX(&on_cpu::lora_forward));
+  library.impl("lora_backward", TORCH_BOX(&on_cpu::lora_backward));
 }
 
 #ifdef MOE_DIST_CUDA

@@ -1,5 +1,7 @@
 // Vec: a group of fp32 lanes that is read from and written to fp32 or bfloat16 memory, once for each instruction
-// set. One group of bfloat16 is one cache line with AVX-512, half of one with AVX2.
+// set. One group of bfloat16 is one cache line with AVX-512, half of one with AVX2. Of bfloat16, one register holds the
+// even and one the odd elements: as 32-bit numbers, pairs need no shuffle to come apart. So a Vec that was read from one
+// type is combined with and written to that type alone.
 #pragma once
 
 #include <cstring>
@@ -71,18 +73,14 @@ namespace avx512 {
 #define MOE_DIST_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 #define MOE_DIST_INLINE MOE_DIST_TARGET __attribute__((always_inline)) inline
 
-MOE_DIST_INLINE __m512 widen(__m256i bits) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-
-// The same rounding as from_float(float, bf16*). The instruction for it flushes denormals: not used.
-MOE_DIST_INLINE __m256i narrow(__m512 value) {
+// bfloat16 in the high half of each lane, by the same rounding as from_float(float, bf16*); the low half is anything.
+// The instruction for it flushes denormals: not used.
+MOE_DIST_INLINE __m512i rounded(__m512 value) {
   const __m512i bits = _mm512_castps_si512(value);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i round = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-  const __m512i out = _mm512_srli_epi32(_mm512_add_epi32(bits, round), 16);
   const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(out, is_nan, _mm512_set1_epi32(0x7fc0)));
+  return _mm512_mask_mov_epi32(_mm512_add_epi32(bits, round), is_nan, _mm512_set1_epi32(0x7fc00000));
 }
 
 struct Vec {
@@ -97,10 +95,11 @@ struct Vec {
   }
   MOE_DIST_INLINE static Vec load(const bf16* source) {
     const __m512i bits = _mm512_loadu_si512(source);
-    return {widen(_mm512_castsi512_si256(bits)), widen(_mm512_extracti64x4_epi64(bits, 1))};
+    const __m512i odd = _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000)));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)), _mm512_castsi512_ps(odd)};
   }
   MOE_DIST_INLINE __m512i packed() const {
-    return _mm512_inserti64x4(_mm512_castsi256_si512(narrow(a)), narrow(b), 1);
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(rounded(a), 16), rounded(b));
   }
   MOE_DIST_INLINE void store(float* target) const {
     _mm512_storeu_ps(target, a);
@@ -154,17 +153,12 @@ namespace avx2 {
 #define MOE_DIST_TARGET __attribute__((target("avx2,fma")))
 #define MOE_DIST_INLINE MOE_DIST_TARGET __attribute__((always_inline)) inline
 
-MOE_DIST_INLINE __m256 widen(__m128i bits) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-}
-
-MOE_DIST_INLINE __m256i rounded(__m256 value) {  // bfloat16 bits in the low half of each 32-bit lane
+MOE_DIST_INLINE __m256i rounded(__m256 value) {  // as above
   const __m256i bits = _mm256_castps_si256(value);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i round = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
-  const __m256i out = _mm256_srli_epi32(_mm256_add_epi32(bits, round), 16);
   const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
-  return _mm256_blendv_epi8(out, _mm256_set1_epi32(0x7fc0), is_nan);
+  return _mm256_blendv_epi8(_mm256_add_epi32(bits, round), _mm256_set1_epi32(0x7fc00000), is_nan);
 }
 
 struct Vec {
@@ -179,10 +173,11 @@ struct Vec {
   }
   MOE_DIST_INLINE static Vec load(const bf16* source) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
-    return {widen(_mm256_castsi256_si128(bits)), widen(_mm256_extracti128_si256(bits, 1))};
+    const __m256i odd = _mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xffff0000)));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)), _mm256_castsi256_ps(odd)};
   }
-  MOE_DIST_INLINE __m256i packed() const {  // packus works within halves: put the quarters back in order
-    return _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded(a), rounded(b)), 0xd8);
+  MOE_DIST_INLINE __m256i packed() const {
+    return _mm256_blend_epi16(_mm256_srli_epi32(rounded(a), 16), rounded(b), 0xaa);
   }
   MOE_DIST_INLINE void store(float* target) const {
     _mm256_storeu_ps(target, a);

@@ -13,10 +13,12 @@ class Mix:
     """The mixture of the tokens that are passing through: what the linear layers of a block (or of all) share.
 
     weights_TN: α_i · scale_i of the N experts, float32; None switches them off.
+    most: how many of a token's weights differ from zero, at most; None: any number.
     It is state of a pass, not of the model: a copy of the model starts without.
     """
 
     weights_TN: torch.Tensor | None = None
+    most: int | None = None
 
     def __deepcopy__(self, memo) -> Mix:
         memo[id(self)] = copy = Mix()
@@ -42,5 +44,6 @@ class MixseLinear(nn.Linear):
         if mix_TN is None:
             return F.linear(x, self.weight, self.bias)
         x_TH = x.reshape(-1, self.in_features)
-        y_TO = lora_mixture(x_TH, self.weight, self.bias, self.experts_a, self.experts_b, mix_TN, self.ranks)
+        tensors = (x_TH, self.weight, self.bias, self.experts_a, self.experts_b, mix_TN)
+        y_TO = lora_mixture(*tensors, self.ranks, most=self.mix.most)
         return y_TO.view(*x.shape[:-1], self.out_features)

@@ -89,6 +89,7 @@ class Mixer:
             return
         alpha_BLN = self._alpha(block, hidden, kwargs)
         mix.weights_TN = alpha_BLN.flatten(0, -2) * self._scales(alpha_BLN.device)
+        mix.most = self.spec.top_k if self.given is None and self.spec.routing != "uniform" else None
         for listener in self.listeners:
             listener(block, alpha_BLN.detach(), self._pass.get("attention_mask"))
 
