@@ -12,6 +12,7 @@ from moe_dist.config.recipe import load_recipe
 from moe_dist.errors import EXIT_OK, UserError
 from moe_dist.methods.self_moe.config_compose import ComposeConfig
 from moe_dist.methods.self_moe.config_evaluate import EvaluateConfig
+from moe_dist.methods.self_moe.config_generate import load_config as load_generation
 from moe_dist.methods.self_moe.config_specialise import SpecialiseConfig, load_specialising
 from moe_dist.train.dry_run import describe
 from tests.models.tiny import make_folder
@@ -133,14 +134,20 @@ def test_the_self_moe_papers_recipe_has_its_numbers_and_can_be_looked_at(tmp_pat
     assert list(composed.experts) == list(plan.experts)
 
 
-def test_the_stages_of_the_self_moe_quickstart_fit_together():
+def test_the_stages_of_the_self_moe_quickstart_fit_together(tmp_path, monkeypatch):
     recipe = load_recipe(CONFIGS / "self_moe" / "quickstart.yaml")
     stage = {stage.name: stage for stage in recipe.stages}
+    monkeypatch.chdir(tmp_path)
+    Path(stage["base-model"].args[1]).mkdir(parents=True)
+    generation = load_generation(stage["generate"].config, stage["generate"].args[1:])
+    assert generation.filters_for("sums").check == "arithmetic"
+    assert generation.filters_for("words").check.endswith("check.py")
+    assert generation.filters_for("counts").samples
     experts = load_schema(stage["specialise"].config, stage["specialise"].overrides, SpecialiseConfig)
     composed = load_schema(stage["compose"].config, stage["compose"].args[1:], ComposeConfig).compose
     router = load(stage["router"].config, stage["router"].overrides, paths=False)
     generated = stage["generate"].args[0]
-    assert list(composed.experts) == [source.name for source in experts.data.train]
+    assert list(composed.experts) == [source.name for source in experts.data.train] == list(generation.generate.seeds)
     assert [source.path for source in router.data.train] == [f"{generated}/{name}.jsonl" for name in composed.experts]
     assert [source.path for source in experts.data.train] == [source.path for source in router.data.train]
     assert list(composed.experts.values()) == [f"{experts.run.dir}/{name}" for name in composed.experts]
