@@ -129,8 +129,8 @@ class Experiment:
         return self._arm(seed, job, rate=self.rate(kind) if self.steps(job) else 0.0, search=False)
 
     def rate(self, kind: str) -> float:
-        """Of those that are searched the one with the lowest loss on the windows of the search, by the first seed: one for all experts,
-        one for all routers over trained experts."""
+        """Of those that are searched the one with the lowest loss on the windows of the search, by the first seed: one
+        for all experts, one for all routers over trained experts."""
         jobs = self.finished()[self.settings.seeds[0]]
         name = "top1" if kind in ROUTED else kind
 
