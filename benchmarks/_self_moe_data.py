@@ -14,10 +14,10 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks._harness import row
-from moe_dist.methods.self_moe import generate as pipeline
-from moe_dist.methods.self_moe.backend import Sampling
-from moe_dist.methods.self_moe.config_generate import load_config
-from moe_dist.methods.self_moe.local_model import LocalModel
+from moe_dist.methods.self_moe.generation import generate as pipeline
+from moe_dist.methods.self_moe.generation.backend import Sampling
+from moe_dist.methods.self_moe.generation.config import load_config
+from moe_dist.methods.self_moe.generation.local_model import LocalModel
 from tests.methods.self_moe.tiny_base import PROMPTS, make_base, make_seeds
 
 BATCH = 8

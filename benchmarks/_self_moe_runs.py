@@ -20,8 +20,8 @@ from benchmarks._self_moe_arms import COMPOSED, MADE, MERGED, ROUTED
 from moe_dist.checkpoint import fingerprint
 from moe_dist.config.schema import LoraSection, ModelSection, RunConfig, TrainableSection
 from moe_dist.config.strict_json import read_json
-from moe_dist.methods.self_moe.compose import compose
-from moe_dist.methods.self_moe.config_compose import ComposeConfig, ComposeSection
+from moe_dist.methods.self_moe.composition.compose import compose
+from moe_dist.methods.self_moe.composition.config import ComposeConfig, ComposeSection
 from moe_dist.models.adapter import write_lora
 from moe_dist.models.lora import injected_config
 from moe_dist.models.mixse import RoutingRecorder

@@ -10,10 +10,10 @@ from moe_dist.config.checks import accumulation, check_layout
 from moe_dist.config.load import build, load, load_schema, read_mapping
 from moe_dist.config.recipe import load_recipe
 from moe_dist.errors import EXIT_OK, UserError
-from moe_dist.methods.self_moe.config_compose import ComposeConfig
-from moe_dist.methods.self_moe.config_evaluate import EvaluateConfig
-from moe_dist.methods.self_moe.config_generate import load_config as load_generation
+from moe_dist.methods.self_moe.composition.config import ComposeConfig
 from moe_dist.methods.self_moe.config_specialise import SpecialiseConfig, load_specialising
+from moe_dist.methods.self_moe.evaluation.config import EvaluateConfig
+from moe_dist.methods.self_moe.generation.config import load_config as load_generation
 from moe_dist.train.dry_run import describe
 from tests.models.tiny import make_folder
 

@@ -35,10 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if environment.apply(local_rank=args.local_rank).world_size > 1:
         raise UserError("self-moe compose runs as one plain process")
-    from moe_dist.methods.self_moe.config_compose import load_config
+    from moe_dist.methods.self_moe.composition.config import load_config
 
     config = load_config(args.config, args.overrides)
-    from moe_dist.methods.self_moe.compose import compose
+    from moe_dist.methods.self_moe.composition.compose import compose
 
     receipt = compose(config, args.out)
     print(receipt.render())

@@ -36,21 +36,21 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out).expanduser()
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out} already exists and is not empty; give a new folder or remove it first")
-    from moe_dist.methods.self_moe.config_evaluate import load_config
+    from moe_dist.methods.self_moe.evaluation.config import load_config
 
     config = load_config(args.config, args.overrides)
     if args.dry_run:
         if ranks.rank == 0:
-            from moe_dist.methods.self_moe.evaluate_plan import describe
+            from moe_dist.methods.self_moe.evaluation.plan import describe
 
             print("\n".join(describe(config)))
         return EXIT_OK
     if config.harness.tasks:
-        from moe_dist.methods.self_moe.harness import check_harness
+        from moe_dist.methods.self_moe.evaluation.harness import check_harness
 
         check_harness(config.harness, ranks=ranks.world_size)
-    from moe_dist.methods.self_moe import evaluate_report as report
-    from moe_dist.methods.self_moe.evaluate import evaluate, open_model
+    from moe_dist.methods.self_moe.evaluation import report
+    from moe_dist.methods.self_moe.evaluation.evaluate import evaluate, open_model
     from moe_dist.train.start import start_ranks
 
     first = ranks.rank == 0
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     found = evaluate(config, model, say=(lambda line: print(line, flush=True)) if first else None)
     tree = report.summary(config, found)
     if config.harness.tasks:
-        from moe_dist.methods.self_moe.harness import run_harness
+        from moe_dist.methods.self_moe.evaluation.harness import run_harness
 
         tree["harness"] = run_harness(config.harness, model)
     if first:

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if environment.apply(local_rank=args.local_rank).world_size > 1:
         raise UserError("self-moe export runs as one plain process")
-    from moe_dist.methods.self_moe.export import export_expert
+    from moe_dist.methods.self_moe.composition.export import export_expert
 
     print(f"wrote {export_expert(args.mixture, args.expert, args.out, form=args.form)}")
     return EXIT_OK

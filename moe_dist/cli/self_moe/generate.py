@@ -7,7 +7,8 @@ What fails the filters is counted and left out, until each skill has generate.co
 reached. OUT/SKILL.jsonl then holds conversations that `moe-dist train` reads, with where each record comes from.
 
 On several ranks each has a whole model, and the records are the same. The same command again goes on where a run was
-interrupted. Prompts are files: start from one of moe_dist/methods/self_moe/prompts, name yours in generate.prompts.
+interrupted. Prompts are files: start from one of moe_dist/methods/self_moe/generation/prompts, and name yours in
+generate.prompts.
 
 examples:
   moe-dist self-moe generate generate.yaml generated
@@ -32,16 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     ranks = environment.apply(local_rank=args.local_rank)
-    from moe_dist.methods.self_moe.config_generate import load_config
+    from moe_dist.methods.self_moe.generation.config import load_config
 
     config = load_config(args.config, args.overrides)
     if args.dry_run:
         if ranks.rank == 0:
-            from moe_dist.methods.self_moe.generate_plan import describe
+            from moe_dist.methods.self_moe.generation.plan import describe
 
             print("\n".join(describe(config, args.out)))
         return EXIT_OK
-    from moe_dist.methods.self_moe.generate import generate
+    from moe_dist.methods.self_moe.generation.generate import generate
     from moe_dist.train.start import start_ranks
 
     return generate(

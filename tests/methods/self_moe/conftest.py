@@ -60,7 +60,7 @@ def one_thread():
 @pytest.fixture
 def batches(monkeypatch):
     """What the model was asked: (prompts, sampling) of every batch."""
-    from moe_dist.methods.self_moe.local_model import LocalModel
+    from moe_dist.methods.self_moe.generation.local_model import LocalModel
 
     asked, complete = [], LocalModel.complete
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from moe_dist.config.load import read_mapping
-from moe_dist.methods.self_moe.checks import arithmetic
+from moe_dist.methods.self_moe.generation.checks import arithmetic
 from tests.models.compare import file_tensors
 from tests.recipes import ROOT, run_recipe_warm
 

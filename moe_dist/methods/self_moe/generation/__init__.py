@@ -1,0 +1,1 @@
+"""The base model writes its own training data."""

@@ -1,0 +1,1 @@
+"""Whether an answer is right, a program passes, and a text is new."""
