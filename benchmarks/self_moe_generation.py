@@ -1,4 +1,4 @@
-"""Generation in Self-MoE: writing the data against plain `model.generate`.
+"""Generation in Self-MoE: writing the data against plain `model.generate`, and a mixture against its base.
 
 python -m benchmarks.self_moe_generation [--json FILE] [--full]
 """
@@ -11,6 +11,7 @@ import torch
 
 from benchmarks._harness import run
 from benchmarks._self_moe_data import data_generation
+from benchmarks._self_moe_mixture import mixture_generation
 
 
 def main() -> None:
@@ -20,6 +21,7 @@ def main() -> None:
 
 def collect(full: bool) -> Iterator[dict | str]:
     yield from data_generation(full)
+    yield from mixture_generation(full)
 
 
 if __name__ == "__main__":

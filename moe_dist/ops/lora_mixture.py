@@ -21,14 +21,14 @@ FORMS = {"concatenated": lora_concatenated, "chosen": lora_chosen}
 # Picoseconds for a token and a column of x or y, of one core with AVX-512 and AMX, fitted to 40 shapes (T 1 to 4096, H
 # 1024 to 3072, ranks 8 and 64, 4 to 64 experts, top-1 to top-4), forward and backward alike:
 #   concatenated  _PASS + _ROW · R, and _CALLS picoseconds in all for its three operations
-#   chosen        for each of a token's experts _OWN_PASS + _OWN_ROW · rank
-# At top-1 and rank 8 the chosen form takes 0.7, 0.3 and 0.15 of the time of the other at 4, 16 and 64 experts in fp32;
-# in bf16, where dense products are ten times as fast as the loops at a row, 1.4 to 1.9, 1.0 to 1.3 and 0.5. With a few
-# tokens, as in decoding, it takes 0.3 (bf16) and 0.7 (fp32) of it at 4 experts.
+#   chosen        _OWN_PASS + _OWN_ROW · rank for each of a token's experts
+# With 4096 tokens, top-1 and rank 8 the chosen form took 0.65, 0.25 and 0.1 of the other's time at 4, 16 and 64 experts
+# in fp32, and 1.4 to 1.9, 1.0 to 1.4 and 0.4 in bf16, where a dense product takes a tenth of the loops' time for a row;
+# with the 8 tokens of a decoding step 0.8 (fp32) and 0.4 (bf16) at 4 experts.
 _PASS = {torch.float32: 130, torch.bfloat16: 140}
 _ROW = {torch.float32: 11.8, torch.bfloat16: 1.7}
 _CALLS = {torch.float32: 25e6, torch.bfloat16: 65e6}
-_OWN_PASS, _OWN_ROW = 130, 25
+_OWN_PASS, _OWN_ROW = {torch.float32: 130, torch.bfloat16: 150}, {torch.float32: 25, torch.bfloat16: 30}
 
 
 def lora_mixture(
@@ -77,9 +77,10 @@ def choose(
     """The faster form of those that serve."""
     if trains or most is None or not lora_chosen.serves(x_TH, a_RH, b_OR):
         return "concatenated"
-    own = most * (_OWN_PASS + _OWN_ROW * max(ranks))
-    calls = _CALLS[x_TH.dtype] / max(len(x_TH) * (x_TH.shape[1] + len(b_OR)), 1)
-    return "chosen" if own < _PASS[x_TH.dtype] + _ROW[x_TH.dtype] * sum(ranks) + calls else "concatenated"
+    dtype, rows = x_TH.dtype, sum(ranks)
+    own = most * (_OWN_PASS[dtype] + _OWN_ROW[dtype] * max(ranks))
+    calls = _CALLS[dtype] / max(len(x_TH) * (x_TH.shape[1] + len(b_OR)), 1)
+    return "chosen" if own < _PASS[dtype] + _ROW[dtype] * rows + calls else "concatenated"
 
 
 def reference(x_TH, weight_OH, bias_O, a_RH, b_OR, mix_TN, ranks):
