@@ -31,6 +31,8 @@ from moe_dist.models.nexus.configuration_nexus import CONFIGS
 from moe_dist.models.nexus.router_nexus import KINDS, TEMPERATURE
 from moe_dist.models.shards import SHARD_BYTES, Entry
 
+SILU_SQUARE = 0.3558  # mean of silu(z)² over standard normal z
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -155,12 +157,26 @@ def _router_parts(
         if name == "temperature":
             yield Part(f"{path}.{name}", entry, f"start value {TEMPERATURE:g}", make=filled(entry, TEMPERATURE))
         else:
-            said = f"random, std {config.initializer_range:g}, seed {init_seed}"
+            std = _start(name, config)
             key = f"{path}.{name}"
-            yield Part(key, entry, said, make=random(key, entry, config.initializer_range, init_seed))
+            yield Part(key, entry, f"random, std {std:.3g}, seed {init_seed}", make=random(key, entry, std, init_seed))
     for name, tensor in router.named_buffers():
         value = _statistics(name, layer, config, domains)
         yield Part(f"{path}.{name}", Entry(tuple(tensor.shape), torch.float32), f"domain file: {name}", make=value)
+
+
+def _start(name: str, config: PreTrainedConfig) -> float:
+    """Standard deviation of a router's random weight.
+
+    The paper does not say how P_r starts. With all its weights at `initializer_range` its rows would be nearly zero,
+    and a router of nearly equal logits learns late; here they begin as long as a linear router's. A domain's embedding
+    has length one, so with W1 at 1 both halves of W1 d are standard normal, an entry of SwiGLU has the mean square
+    `SILU_SQUARE`, and one of W2 · SwiGLU the variance std(W2)² · H · `SILU_SQUARE`. In a prototype router P_r is added
+    to rows that have their length, and begins near zero.
+    """
+    if config.router != "paper":
+        return config.initializer_range
+    return 1.0 if name == "w1" else config.initializer_range / (config.hidden_size * SILU_SQUARE) ** 0.5
 
 
 def _statistics(name: str, layer: int, config: PreTrainedConfig, domains: Domains) -> Callable[[], torch.Tensor]:

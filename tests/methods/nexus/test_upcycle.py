@@ -154,6 +154,18 @@ def test_methods_and_their_receipts(tmp_path, method):
     assert _logits(model).isfinite().all()
 
 
+def test_paper_routers_rows_begin_as_long_as_a_linear_ones(tmp_path):
+    rows = {}
+    for name, options in {"paper": {"router": "paper"}, "linear": {"method": "linear"}}.items():
+        lengths = []
+        for seed in range(4):
+            upcycle(config_of(tmp_path, init_seed=seed, **options), tmp_path / f"{name}{seed}")
+            model = load_model(tmp_path / f"{name}{seed}")
+            lengths += [layer.mlp.gate.rows().norm(dim=1).mean() for layer in model.model.layers]
+        rows[name] = torch.stack(lengths).mean().item()
+    assert rows["paper"] == pytest.approx(rows["linear"], rel=0.2)
+
+
 def test_paper_router_takes_the_embeddings(tmp_path):
     upcycle(config_of(tmp_path, router="paper"), tmp_path / "out")
     model = load_model(tmp_path / "out")
