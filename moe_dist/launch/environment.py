@@ -1,15 +1,16 @@
-"""The rank environment: what torchrun, deepspeed, SLURM tasks or no launcher at all say about this process.
+"""The rank environment: what torchrun, deepspeed, mpirun, SLURM tasks or no launcher at all say about this process.
 
 torch.distributed and DeepSpeed read RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; `apply` makes sure that
 all five are set, whoever started the process. In order of precedence:
 
-1. RANK and WORLD_SIZE in the environment (torchrun, deepspeed, or set by hand). SLURM's variables are then ignored,
-   since torchrun and deepspeed often run inside a SLURM task of their own.
-2. A SLURM step of several tasks (`srun`): SLURM_PROCID, SLURM_LOCALID, SLURM_STEP_NUM_TASKS. A batch script or an
+1. RANK and WORLD_SIZE in the environment (torchrun, deepspeed, or set by hand). torchrun and deepspeed often run inside
+   a SLURM task of their own: then only the number of launchers has to be that of the step's tasks.
+2. Open MPI: OMPI_COMM_WORLD_RANK, _LOCAL_RANK, _SIZE. On several machines MASTER_ADDR and MASTER_PORT are needed.
+3. A SLURM step of several tasks (`srun`): SLURM_PROCID, SLURM_LOCALID, SLURM_STEP_NUM_TASKS. A batch script or an
    allocation without `srun` is no step and counts as no launcher.
-3. Nothing: one process, a free local port.
+4. Nothing: one process, a free local port.
 
-MASTER_ADDR and MASTER_PORT, where set, are kept in all three. Values that contradict each other are an error, because
+MASTER_ADDR and MASTER_PORT, where set, are kept in all four. Values that contradict each other are an error, because
 ranks that disagree wait for each other until a timeout.
 """
 
@@ -24,7 +25,7 @@ from moe_dist.errors import UserError
 
 @dataclass(frozen=True)
 class RankEnvironment:
-    """Where this process stands. launcher: 'torchrun', 'deepspeed', 'slurm', 'environment' or 'none'."""
+    """Where this process stands. launcher: 'torchrun', 'deepspeed', 'mpi', 'slurm', 'environment' or 'none'."""
 
     rank: int
     local_rank: int
@@ -56,6 +57,8 @@ def derive(environ: MutableMapping[str, str], *, local_rank: int | None = None) 
     """The rank environment that `environ` describes; changes nothing. Raises UserError for contradictions."""
     if "RANK" in environ or "WORLD_SIZE" in environ:
         found = _from_variables(environ, local_rank)
+    elif "OMPI_COMM_WORLD_SIZE" in environ:
+        found = _from_open_mpi(environ)
     elif _number(environ, "SLURM_STEP_NUM_TASKS", 1) > 1:
         found = _from_slurm(environ)
     else:
@@ -110,8 +113,10 @@ def _from_variables(environ: MutableMapping[str, str], local_rank: int | None) -
     rank, world_size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
     if "TORCHELASTIC_RUN_ID" in environ:
         launcher = "torchrun"
+        _check_launchers(environ, "torchrun", _number(environ, "GROUP_WORLD_SIZE", 0))
     elif "CROSS_RANK" in environ:
         launcher = "deepspeed"
+        _check_launchers(environ, "deepspeed", _number(environ, "CROSS_SIZE", 0))
     else:
         launcher = "environment"
         tasks, task = _number(environ, "SLURM_STEP_NUM_TASKS", 1), _number(environ, "SLURM_PROCID", 0)
@@ -120,6 +125,12 @@ def _from_variables(environ: MutableMapping[str, str], local_rank: int | None) -
             raise UserError(
                 f"RANK={rank} but SLURM_PROCID={task} of {tasks} tasks: RANK was set outside of srun; unset RANK and "
                 "WORLD_SIZE and let the tasks find their own"
+            )
+        peers = _number(environ, "OMPI_COMM_WORLD_SIZE", 1)
+        if peers > 1 and (peers, _number(environ, "OMPI_COMM_WORLD_RANK")) != (world_size, rank):
+            raise UserError(
+                f"RANK={rank} of {world_size}, but mpirun says {environ['OMPI_COMM_WORLD_RANK']} of {peers}: unset "
+                "RANK and WORLD_SIZE, which are older than mpirun's"
             )
     if "LOCAL_RANK" in environ:
         local = _number(environ, "LOCAL_RANK")
@@ -135,6 +146,36 @@ def _from_variables(environ: MutableMapping[str, str], local_rank: int | None) -
     address = environ.get("MASTER_ADDR") or "127.0.0.1"
     return RankEnvironment(
         rank, local, world_size, address, _number(environ, "MASTER_PORT", 0) or free_port(), launcher
+    )
+
+
+def _check_launchers(environ: Mapping[str, str], name: str, launchers: int) -> None:
+    """`srun torchrun` starts a launcher a task; launchers that do not know of each other would each train alone."""
+    tasks = _number(environ, "SLURM_STEP_NUM_TASKS", 1)
+    if launchers and tasks > 1 and launchers != tasks:
+        raise UserError(
+            f"srun started {tasks} tasks, each with a {name} of its own, but {name} was told of {launchers} "
+            f"machine(s): start one task a node (--ntasks-per-node=1) and tell {name} the number of nodes"
+        )
+
+
+def _from_open_mpi(environ: MutableMapping[str, str]) -> RankEnvironment:
+    world_size, here = _number(environ, "OMPI_COMM_WORLD_SIZE"), _number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE", 0)
+    alone = world_size == 1
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        # On one machine the address is known; a port that all ranks agree on is not.
+        if not alone and not environ.get(name) and not (name == "MASTER_ADDR" and here == world_size):
+            raise UserError(
+                f"{name} is not set, and mpirun does not tell it: start with `mpirun -x MASTER_ADDR=HOST -x "
+                "MASTER_PORT=29500 ...`, HOST being that of rank 0"
+            )
+    return RankEnvironment(
+        _number(environ, "OMPI_COMM_WORLD_RANK"),
+        _number(environ, "OMPI_COMM_WORLD_LOCAL_RANK"),
+        world_size,
+        environ.get("MASTER_ADDR") or "127.0.0.1",
+        _number(environ, "MASTER_PORT", 0) or free_port(),
+        "mpi",
     )
 
 
@@ -170,7 +211,7 @@ def _first_host(nodes: str) -> str:
     return hosts[0]
 
 
-def _number(environ: MutableMapping[str, str], name: str, default: int | None = None) -> int:
+def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
     text = environ.get(name)
     if (text is None or text == "") and default is not None:
         return default

@@ -16,6 +16,12 @@ SLURM = {
     "SLURM_STEP_NUM_TASKS": "4",
     "SLURM_STEP_NUM_NODES": "1",
 }
+MPI = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
 
 
 @pytest.mark.parametrize(
@@ -26,6 +32,13 @@ SLURM = {
         (SLURM, "slurm", (3, 1, 4)),
         ({**SLURM, **TORCHRUN, "SLURM_PROCID": "0"}, "torchrun", (3, 1, 4)),
         ({**SLURM, **DEEPSPEED}, "deepspeed", (1, 1, 2)),
+        ({**SLURM, **TORCHRUN, "GROUP_WORLD_SIZE": "4"}, "torchrun", (3, 1, 4)),
+        ({**SLURM, **DEEPSPEED, "CROSS_SIZE": "4"}, "deepspeed", (1, 1, 2)),
+        ({**SLURM, **TORCHRUN, "SLURM_STEP_NUM_TASKS": "1", "GROUP_WORLD_SIZE": "2"}, "torchrun", (3, 1, 4)),
+        ({**MPI, **MASTER}, "mpi", (3, 1, 4)),
+        ({**MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "4", "MASTER_PORT": "1234"}, "mpi", (3, 1, 4)),
+        ({**SLURM, **MPI, **MASTER, "SLURM_PROCID": "0"}, "mpi", (3, 1, 4)),  # mpirun inside of an allocation
+        ({**MPI, **TORCHRUN, "TORCHELASTIC_RUN_ID": "x"}, "torchrun", (3, 1, 4)),
         ({"SLURM_JOB_ID": "77", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, "none", (0, 0, 1)),
         ({**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, "none", (0, 0, 1)),
         ({"RANK": "0", "WORLD_SIZE": "1"}, "environment", (0, 0, 1)),
@@ -56,6 +69,11 @@ def test_slurm_tasks_agree_on_a_port_below_the_ephemeral_range():
         ({"RANK": "0", "WORLD_SIZE": "2", **MASTER}, None, "LOCAL_RANK is not set"),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, None, "MASTER_ADDR is not set"),
         ({**SLURM, "RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", **MASTER}, None, "SLURM_PROCID=3"),
+        ({**SLURM, **TORCHRUN, "GROUP_WORLD_SIZE": "1"}, None, "srun started 4 tasks, each with a torchrun"),
+        ({**SLURM, **DEEPSPEED, "CROSS_SIZE": "2"}, None, "deepspeed was told of 2 machine(s)"),
+        ({**MPI, "RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", **MASTER}, None, "mpirun says 3 of 4"),
+        (MPI, None, "MASTER_ADDR is not set, and mpirun"),
+        ({**MPI, "MASTER_ADDR": "host0"}, None, "MASTER_PORT is not set, and mpirun"),
         ({**SLURM, "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "n[1-2]"}, None, "set MASTER_ADDR"),
     ],
 )
