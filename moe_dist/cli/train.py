@@ -9,7 +9,7 @@ examples:
 
 import argparse
 
-from moe_dist.config.checks import check_layout
+from moe_dist.config.checks import check_layout, check_world
 from moe_dist.config.load import load
 from moe_dist.errors import EXIT_OK, UserError
 from moe_dist.launch import environment
@@ -47,13 +47,16 @@ def run(args: argparse.Namespace) -> int:
     config = load(args.config, args.overrides)
     ranks = environment.apply(local_rank=args.local_rank)
     if args.dry_run:
-        world_size = args.ranks or max(ranks.world_size, config.parallel.expert if ranks.launcher == "none" else 1)
+        alone = config.parallel.world_size or config.parallel.expert
+        world_size = args.ranks or max(ranks.world_size, alone if ranks.launcher == "none" else 1)
+        check_world(config, world_size)
         check_layout(config, world_size)
         if ranks.rank == 0:
             from moe_dist.train.dry_run import describe
 
             print(describe(config, world_size))
         return EXIT_OK
+    check_world(config, ranks.world_size)
     check_layout(config, ranks.world_size)
     from moe_dist.train.loop import train
 

@@ -60,6 +60,16 @@ def check_layout(config: RunConfig, world_size: int) -> None:
     accumulation(config, world_size)
 
 
+def check_world(config: RunConfig, world_size: int) -> None:
+    """Refuse another number of ranks than the run is meant for, as a mistyped hostfile gives: it means one machine."""
+    expected = config.parallel.world_size
+    if expected is not None and expected != world_size:
+        raise UserError(
+            f"parallel.world_size={expected}, but the launcher started {world_size} rank(s): a host is missing in the "
+            "hostfile, the hostfile was not found, or the number of nodes or ranks of a node is another one"
+        )
+
+
 def accumulation(config: RunConfig, world_size: int) -> int:
     """Micro-batches per rank in one optimizer step."""
     per_pass = config.train.micro_batch_size * world_size

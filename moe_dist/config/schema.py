@@ -105,6 +105,9 @@ class DataSection:
 
 @dataclass
 class ParallelSection:
+    world_size: int | None = key(
+        None, "Ranks that the launcher has to start; another number is refused before anything loads.", low=1, free=True
+    )
     expert: int = key(1, "Ranks over which the experts of a layer are spread (EP).", low=1, free=True)
     tensor: int = key(1, "Tensor-parallel ranks.", low=1, free=True)
     sequence: int = key(1, "Sequence-parallel ranks.", low=1, free=True)

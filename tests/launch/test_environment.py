@@ -2,6 +2,7 @@ import os
 
 import pytest
 
+from moe_dist.cli.main import main
 from moe_dist.errors import UserError
 from moe_dist.launch.environment import apply, derive, gpu_of
 
@@ -135,3 +136,17 @@ def test_the_gpu_of_a_rank(environ, visible, index):
         return
     with pytest.raises(UserError, match=f"local rank 1 has no GPU: it sees {visible}"):
         gpu_of(place, visible=visible, environ=environ)
+
+
+@pytest.mark.parametrize(("expected", "started", "code"), [("2", "2", 0), ("4", "2", 2), ("2", "1", 2)])
+def test_another_number_of_ranks_than_expected_is_refused_before_anything_loads(
+    expected, started, code, tmp_path, monkeypatch, capsys
+):
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": started, **MASTER}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("moe_dist.train.loop.train", lambda *args, **options: 0)
+    config = tmp_path / "c.yaml"
+    config.write_text("model: {config: {model_type: qwen3_moe}}\n")
+    assert main(["train", str(config), f"parallel.world_size={expected}"]) == code
+    refused = f"parallel.world_size={expected}, but the launcher started {started} rank(s)"
+    assert (refused in capsys.readouterr().err) == (code == 2)
