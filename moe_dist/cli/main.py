@@ -22,6 +22,7 @@ VERBS = {
     "export": "write a run or a checkpoint as a Hugging Face folder",
     "inspect": "look at a run: tables, plots, and one page of them",
     "ckpt": "list and verify checkpoints",
+    "launch": "start a run under SLURM: a complete batch script from the config",
     "doctor": "check this machine and the installation",
     "esft": "train only the experts that a task uses: score, select, adapter, merge",
     "self-moe": "a base model specialises itself: generate, specialise, compose, evaluate",

@@ -134,7 +134,8 @@ def train(config: RunConfig, *, resume: str = "auto", overwrite: bool = False) -
     skips_in_a_row, saved_at, evaluated_at, code = 0, step, None, EXIT_OK
     routing_window = -(-settings.steps // ROUTING_WINDOWS)
     clock, timed_tokens = time.perf_counter(), 0
-    with StopFlag() as stop:
+    stop_file = folder / run_folder.STOP_FILE
+    with StopFlag(stop_file if grid.rank == 0 else None) as stop:
         while step < last:
             before = data.train.state_dict()
             batches = data.train.next_batch(
@@ -224,6 +225,8 @@ def train(config: RunConfig, *, resume: str = "auto", overwrite: bool = False) -
         if step != saved_at and (code == EXIT_PREEMPTED or config.checkpoint.save_last):
             save()
     if code == EXIT_PREEMPTED:
+        if grid.rank == 0:
+            stop_file.unlink(missing_ok=True)  # the next start is not meant
         log.say(f"stopped on request at step {step}; the same command goes on from here")
     elif evaluated_at != step:
         evaluate()

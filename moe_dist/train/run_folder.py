@@ -4,6 +4,7 @@
     env.json               versions, host, ranks
     metrics.jsonl          one line an event, always
     checkpoints/           step-N/ and latest
+    launch/                what launchers keep there, already before the first start: scripts, logs, requests to stop
     export/                the Hugging Face folder, once exported
 
 The same command again resumes. A folder of another run is never written into silently.
@@ -24,9 +25,12 @@ from moe_dist.config import save
 from moe_dist.config.load import read_mapping
 from moe_dist.config.schema import RunConfig
 from moe_dist.errors import UserError
+from moe_dist.launch.chain import FOLDER as LAUNCH
+from moe_dist.launch.chain import STOP
 
 CONFIG, METRICS, CHECKPOINTS = "config.resolved.yaml", "metrics.jsonl", "checkpoints"
 ENVIRONMENT = "env.json"
+STOP_FILE = f"{LAUNCH}/{STOP}"  # exists while somebody asks the run to save and end
 PACKAGES = ("moe_dist", "torch", "deepspeed", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
 
 
@@ -41,7 +45,7 @@ def check(config: RunConfig, *, resume: str, overwrite: bool) -> Path | None:
     used = (folder / CONFIG).exists() and not overwrite
     if used and resume == "never":
         raise UserError(f"{folder} already holds a run: choose another run.dir, resume it, or give --overwrite")
-    if not (folder / CONFIG).exists() and folder.is_dir() and any(folder.iterdir()):
+    if not (folder / CONFIG).exists() and folder.is_dir() and any(entry.name != LAUNCH for entry in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no run of ours: choose another run.dir")
     if used:
         _check_same(config, folder)

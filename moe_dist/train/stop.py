@@ -1,8 +1,9 @@
-"""Asking a run to stop. A signal only sets a flag; the ranks agree at the next step boundary and save there."""
+"""Asking a run to stop. A signal or a file only sets a flag; the ranks agree before the next step and save there."""
 
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -11,16 +12,22 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class StopFlag:
     """Context in which SIGTERM, SIGUSR1 and Ctrl-C set `requested`; a second Ctrl-C interrupts at once.
 
-    Within another such context it starts with what that one has been asked.
+    file: a path whose existence asks as well, where signals do not reach the ranks: those of the deepspeed launcher on
+    other machines, say. Within another such context it starts with what that one has been asked.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, file: Path | None = None) -> None:
+        self._signalled = False
+        self._file = file
+
+    @property
+    def requested(self) -> bool:
+        return self._signalled or (self._file is not None and self._file.exists())
 
     def __enter__(self) -> StopFlag:
         self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         outer = getattr(self._previous[signal.SIGTERM], "__self__", None)
-        self.requested = isinstance(outer, StopFlag) and outer.requested
+        self._signalled = isinstance(outer, StopFlag) and outer.requested
         return self
 
     def __exit__(self, *exception) -> None:
@@ -28,6 +35,6 @@ class StopFlag:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
+        if self._signalled and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self._signalled = True

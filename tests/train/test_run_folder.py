@@ -69,6 +69,14 @@ def test_a_foreign_folder_is_left_alone(tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
 
+def test_what_a_launcher_left_before_the_first_start_is_no_foreign_run(tmp_path):
+    (tmp_path / "run/launch").mkdir(parents=True)
+    (tmp_path / "run/launch/slurm.sbatch").touch()
+    assert prepare(config(tmp_path / "run")) is None
+    assert prepare(config(tmp_path / "run"), overwrite=True) is None
+    assert (tmp_path / "run/launch/slurm.sbatch").exists()
+
+
 def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')

@@ -37,3 +37,10 @@ def test_a_flag_inside_of_another_knows_what_that_one_was_asked():
         os.kill(os.getpid(), signal.SIGTERM)
         with StopFlag() as later:
             assert later.requested
+
+
+def test_a_file_asks_as_well(tmp_path):
+    with StopFlag(tmp_path / "stop") as stop:
+        assert not stop.requested
+        (tmp_path / "stop").touch()
+        assert stop.requested
