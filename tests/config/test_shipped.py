@@ -141,7 +141,7 @@ def test_the_stages_of_the_self_moe_quickstart_fit_together(tmp_path, monkeypatc
     Path(stage["base-model"].args[1]).mkdir(parents=True)
     generation = load_generation(stage["generate"].config, stage["generate"].args[1:])
     assert generation.filters_for("sums").check == "arithmetic"
-    assert generation.filters_for("words").check.endswith("check.py")
+    assert generation.filters_for("letters").check.endswith("check.py")
     assert generation.filters_for("counts").samples
     experts = load_schema(stage["specialise"].config, stage["specialise"].overrides, SpecialiseConfig)
     composed = load_schema(stage["compose"].config, stage["compose"].args[1:], ComposeConfig).compose

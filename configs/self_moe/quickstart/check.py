@@ -1,11 +1,11 @@
-"""Whether a response about words is right: filters.check of the recipe. What it does not understand is not right."""
+"""Whether a response about letters is right: filters.check of the recipe. What it does not understand is not right."""
 
 import re
 
 
 def check(instruction: str, response: str) -> bool:
-    found = re.fullmatch(r"(Double|Invert) the word (\w+)\.", instruction)
+    found = re.fullmatch(r"(Reverse|Sort) the letters ([a-z ]+)\.", instruction)
     if found is None:
         return False
-    kind, word = found.groups()
-    return response == (f"{word} {word}" if kind == "Double" else word[::-1])
+    kind, letters = found[1], found[2].split()
+    return response == f"They are {' '.join(letters[::-1] if kind == 'Reverse' else sorted(letters))}"

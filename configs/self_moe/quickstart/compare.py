@@ -38,12 +38,12 @@ for skill, experts in results["mixture"]["routing"].items():
 # The mixture's folder is its base to plain transformers, with its experts as adapters; the merged expert is a model.
 tokenizer = AutoTokenizer.from_pretrained(folder / "mixture")
 base = AutoModelForCausalLM.from_pretrained(folder / "mixture").eval()
-merged = AutoModelForCausalLM.from_pretrained(folder / "words-model").eval()
-adapted = PeftModel.from_pretrained(base, folder / "mixture" / "mixse" / "words").eval()
+merged = AutoModelForCausalLM.from_pretrained(folder / "letters-model").eval()
+adapted = PeftModel.from_pretrained(base, folder / "mixture" / "mixse" / "letters").eval()
 assert "moe_dist" not in sys.modules
 template = (folder / "tasks" / "alpaca.jinja").read_text()
-print("\nplain transformers, the expert for words as adapter of PEFT and as merged model:")
-for instruction in ("Double the word tako.", "Invert the word nelo."):
+print("\nplain transformers, the expert for letters as adapter of PEFT and as merged model:")
+for instruction in ("Reverse the letters f a c b.", "Sort the letters h b g a."):
     asked = [{"role": "user", "content": instruction}]
     text = tokenizer.apply_chat_template(asked, chat_template=template, tokenize=False)
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)

@@ -1,8 +1,8 @@
 """Tasks of three skills that a program can solve, in the forms that the stages of the recipe read.
 
 Usage: tasks.py FOLDER. It gets: base.jsonl, documents from which the base learns lists of tasks, and pairs of
-instruction and response; seeds/SKILL.jsonl, 100 examples each; held-out/SKILL.jsonl, 60 others, of which nothing else
-has any; and copies of the prompts, the check, and the template of the Alpaca format.
+instruction and response, with a tokenizer of them; seeds/SKILL.jsonl, 100 examples each; held-out/SKILL.jsonl, 60
+others, of which nothing else has any; and copies of the prompts, the check, and the template of the Alpaca format.
 """
 
 import json
@@ -14,35 +14,35 @@ from pathlib import Path
 
 import yaml
 
+from moe_dist.data.corpora import train_tokenizer
+
 HERE = Path(__file__).parent
 COPIED = (HERE / "prompts.yaml", HERE / "check.py", HERE.parent / "alpaca.jinja")
-DOCUMENTS, SEEDS, HELD_OUT = 8000, 100, 60
+DOCUMENTS, SEEDS, HELD_OUT, TOKENS = 24000, 100, 60, 400
 PAIRS = 6  # in one document, as in a prompt for an answer
 ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+LETTERS = "abcdefgh"  # a token each, as digits are: few tokens are soon learned
 Task = tuple[str, str]  # instruction, response
 
 
-def word(draw: random.Random, syllables: int = 2) -> str:
-    return "".join(draw.choice("bdklmnrst") + draw.choice("aeio") for _ in range(syllables))
-
-
 def sums(draw: random.Random) -> Task:
-    left, right = draw.randint(10, 89), draw.randint(1, 9)
-    sign, result = draw.choice([("+", left + right), ("-", left - right)])
-    return f"What is {left} {sign} {right}?", f"{left} {sign} {right} = {result}"
+    first, *others = (draw.randint(1, 9) for _ in range(3))
+    text = " ".join([str(first), *(f"{draw.choice('+-')} {number}" for number in others)])
+    return f"What is {text}?", f"So {text} = {eval(text)}"
 
 
-def words(draw: random.Random) -> Task:
-    text = word(draw)
-    return draw.choice([(f"Double the word {text}.", f"{text} {text}"), (f"Invert the word {text}.", text[::-1])])
+def letters(draw: random.Random) -> Task:
+    chosen = draw.choices(LETTERS, k=4)
+    kind, found = draw.choice([("Reverse", chosen[::-1]), ("Sort", sorted(chosen))])
+    return f"{kind} the letters {' '.join(chosen)}.", f"They are {' '.join(found)}"
 
 
 def counts(draw: random.Random) -> Task:
-    text, letter = word(draw, draw.randint(1, 3)), draw.choice("aeio")
-    return f"Count the letter {letter} in {text}.", str(text.count(letter))
+    letter, listed = draw.choice(LETTERS), draw.choices(LETTERS[:4], k=draw.randint(3, 6))
+    return f"How often is {letter} in {' '.join(listed)}?", str(listed.count(letter))
 
 
-SKILLS: dict[str, Callable[[random.Random], Task]] = {"sums": sums, "words": words, "counts": counts}
+SKILLS: dict[str, Callable[[random.Random], Task]] = {"sums": sums, "letters": letters, "counts": counts}
 
 
 def distinct(skill: str, count: int, *, without: dict[str, str], draw: random.Random) -> dict[str, str]:
@@ -89,6 +89,7 @@ def main(folder: Path) -> None:
         kept |= held_out
     texts = [document(prompts, draw.choice([*SKILLS]), without=kept, draw=draw) for _ in range(DOCUMENTS)]
     write(folder / "base.jsonl", [{"text": text} for text in texts])
+    train_tokenizer(texts[:4000], vocab_size=TOKENS).save_pretrained(folder / "tokenizer")
     print(f"{len(texts):,} documents, and for each of {', '.join(SKILLS)} {SEEDS} seeds and {HELD_OUT} held-out tasks")
 
 
