@@ -34,8 +34,8 @@ ROUTER, EXPERTS = "mixse_router.*", "*.experts_*"
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the experiment. rates, router_rates: what is searched on the first seed, for what trains LoRA and for
-    routers alone. windows: held-out windows of a domain, and as many again for the search."""
+    """Sizes of the experiment. rates: what is searched on the first seed, for each kind of training. windows: held-out
+    windows of a domain, and as many again for the search."""
 
     hidden: int = 96
     width: int = 256
@@ -45,10 +45,9 @@ class Settings:
     rank: int = 8
     base_steps: int = 400
     expert_steps: int = 150
-    router_steps: int = 150
+    router_steps: int = 100
     base_rate: float = 3e-3
-    rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
-    router_rates: tuple[float, ...] = (1e-2, 3e-2, 1e-1)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     weight_decay: float = 0.0
     windows: int = 24
     megabytes: float = 1.4
@@ -87,13 +86,12 @@ class Experiment:
 
     def jobs(self, seed: int) -> list[str]:
         """Names of a seed's trainings, in an order in which each finds what it needs."""
-        first = seed == self.settings.seeds[0]
-        rates, router_rates = (self.settings.rates, self.settings.router_rates) if first else ((), ())
+        rates = self.settings.rates if seed == self.settings.seeds[0] else ()
         names = ["base", *(f"search-expert-{skill}-{rate}" for skill in self.skills for rate in rates)]
         names += [f"expert-{skill}" for skill in self.skills]
         for arm in ("instance", "joint"):
             names += [*(f"search-{arm}-{rate}" for rate in rates), arm]
-        names += [f"search-top1-{rate}" for rate in router_rates]
+        names += [f"search-top1-{rate}" for rate in rates]
         return names + list(ROUTED) + list(MADE)
 
     def steps(self, job: str) -> int:
@@ -129,8 +127,8 @@ class Experiment:
         return self._arm(seed, job, rate=self.rate(kind) if self.steps(job) else 0.0, search=False)
 
     def rate(self, kind: str) -> float:
-        """Of those that are searched the one with the lowest loss on the windows of the search, by the first seed: one
-        for all experts, one for all routers over trained experts."""
+        """Of `rates` the one with the lowest loss on the windows of the search, by the first seed: one for all experts,
+        one for all routers over trained experts."""
         jobs = self.finished()[self.settings.seeds[0]]
         name = "top1" if kind in ROUTED else kind
 
@@ -139,7 +137,7 @@ class Experiment:
                 return sum(jobs[f"search-expert-{skill}-{rate}"]["loss"][skill] for skill in self.skills)
             return sum(jobs[f"search-{name}-{rate}"]["loss"][skill] for skill in self.skills)
 
-        return min(self.settings.router_rates if kind in ROUTED else self.settings.rates, key=score)
+        return min(self.settings.rates, key=score)
 
     def _arm(self, seed: int, job: str, *, rate: float, search: bool) -> dict:
         kind, _, skill = job.partition("-")

@@ -92,8 +92,7 @@ def _chosen(results: Results) -> str:
             taken = ", ".join(f"{run['density']:g} / {run['weight']:g}" for run in runs)
             lines.append(f"- {name}: density / weight {taken} (seed by seed)")
         elif runs and runs[0].get("steps") and job != BASE:
-            rates = results.settings.router_rates if job in ROUTED else results.settings.rates
-            edge = runs[0]["rate"] in (rates[0], rates[-1])
+            edge = runs[0]["rate"] in (results.settings.rates[0], results.settings.rates[-1])
             lines.append(f"- {name}: rate {runs[0]['rate']:g}{', an edge of what was searched' if edge else ''}")
     return "\n## What the searches took\n\n" + "\n".join(lines) if lines else ""
 

@@ -54,7 +54,6 @@ SMOKE = Settings(
     expert_steps=2,
     router_steps=2,
     rates=(1e-3, 3e-3),
-    router_rates=(1e-2,),
     windows=4,
     megabytes=0.3,
 )
