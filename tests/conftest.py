@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from tests.pool import RankPool
 
+# What the command line and DeepSpeed set for the process that they run in. With RANK left behind, whatever a later test
+# starts would take itself for a rank of somebody's launcher.
+OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 def pytest_addoption(parser):
     parser.addoption("--all-cells", action="store_true", help="every cell of the parity matrix, not the covering ones")
+
+
+@pytest.fixture(autouse=True)
+def no_rank_is_left_behind():
+    yield
+    for name in OF_A_RANK:
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")
