@@ -46,14 +46,14 @@ class Problem:
         self.grad_TH = normal(shape.tokens, shape.hidden)
         self.weight_HH = normal(shape.hidden, shape.hidden) * shape.hidden**-0.5
         self.a_RH = normal(rows, shape.hidden) * shape.hidden**-0.5
-        self.b_HR = normal(shape.hidden, rows) * shape.rank**-0.5
+        self.b_RH = normal(rows, shape.hidden) * shape.rank**-0.5
         probabilities_TN = torch.randn(shape.tokens, shape.experts, generator=generator).softmax(dim=1)
         best_T1, ids_T1 = probabilities_TN.max(dim=1, keepdim=True)
         self.mix_TN = torch.zeros_like(probabilities_TN).scatter(1, ids_T1, 2.0 * best_T1)  # 2: alpha / r
 
     @property
     def form(self) -> str:
-        return choose(self.x_TH, self.a_RH, self.b_HR, self.ranks, 1, trains=False)
+        return choose(self.x_TH, self.a_RH, self.b_RH, self.ranks, 1, trains=False)
 
 
 def ours(p: Problem) -> Layer:
@@ -61,8 +61,8 @@ def ours(p: Problem) -> Layer:
 
     def layer(y_TO, x_TH, mix_TN):
         if y_TO is None:
-            return lora_mixture(x_TH, p.weight_HH, None, p.a_RH, p.b_HR, mix_TN, p.ranks, most=1)
-        part.forward(x_TH, p.a_RH, p.b_HR, mix_TN, p.ranks, y_TO, keep=False)
+            return lora_mixture(x_TH, p.weight_HH, None, p.a_RH, p.b_RH, mix_TN, p.ranks, most=1)
+        part.forward(x_TH, p.a_RH, p.b_RH, mix_TN, p.ranks, y_TO, keep=False)
         return y_TO
 
     return layer
@@ -70,8 +70,7 @@ def ours(p: Problem) -> Layer:
 
 def branches(p: Problem) -> Layer:
     """A branch an expert, summed: each of them for every token."""
-    a_N, b_N = p.a_RH.split(p.ranks), p.b_HR.split(p.ranks, dim=1)
-    b_N = [b.contiguous() for b in b_N]
+    a_N, b_N = p.a_RH.split(p.ranks), [b.t().contiguous() for b in p.b_RH.split(p.ranks)]
 
     def layer(y_TO, x_TH, mix_TN):
         y_TO = F.linear(x_TH, p.weight_HH) if y_TO is None else y_TO
@@ -84,12 +83,13 @@ def branches(p: Problem) -> Layer:
 
 
 def concatenated(p: Problem) -> Layer:
-    """All A below, all B beside each other, in torch's own operations."""
+    """All A one below the other, all B side by side, in torch's own operations."""
+    b_HR = p.b_RH.t().contiguous()
 
     def layer(y_TO, x_TH, mix_TN):
         y_TO = F.linear(x_TH, p.weight_HH) if y_TO is None else y_TO
         weights_TR = mix_TN.to(y_TO.dtype).repeat_interleave(p.shape.rank, dim=1)
-        return y_TO.addmm_(F.linear(x_TH, p.a_RH) * weights_TR, p.b_HR.t())
+        return y_TO.addmm_(F.linear(x_TH, p.a_RH) * weights_TR, b_HR.t())
 
     return layer
 
@@ -113,10 +113,10 @@ def xlora(p: Problem) -> Layer:
     for name in names[1:]:
         target.update_layer(name, r=p.shape.rank, lora_alpha=p.shape.rank, config=config)
     target.set_adapter(names)
-    experts = zip(names, p.a_RH.split(p.ranks), p.b_HR.split(p.ranks, dim=1), strict=True)
+    experts = zip(names, p.a_RH.split(p.ranks), p.b_RH.split(p.ranks), strict=True)
     for name, a, b in experts:
         target.lora_A[name].weight = nn.Parameter(a, requires_grad=False)
-        target.lora_B[name].weight = nn.Parameter(b.contiguous(), requires_grad=False)
+        target.lora_B[name].weight = nn.Parameter(b.t().contiguous(), requires_grad=False)
 
     class Switch:
         disabled = False

@@ -13,8 +13,8 @@ namespace cpu {
 
 using torch::stable::Tensor;
 
-// x [T,H], a [R,H], b [O,R], y [T,O], all dense, fp32 or bf16 alike; mix fp32 [T,N]; starts int64 [N+1]: the rows of
-// expert i in a (its columns in b) are starts[i] up to starts[i + 1]. Adds to y, rounding once for each slot.
+// x [T,H], a [R,H], b [R,O] (every B_i turned), y [T,O], all dense, fp32 or bf16 alike; mix fp32 [T,N]; starts int64
+// [N+1]: the rows of expert i in a and b are starts[i] up to starts[i + 1]. Adds to y, rounding once for each slot.
 // Returns A_i * x[t] of each slot, fp32 [slots, largest rank]: what the backward needs for the gradient of mix.
 Tensor lora_forward(
     const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& mix, const Tensor& starts, const Tensor& y);

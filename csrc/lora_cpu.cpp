@@ -99,37 +99,17 @@ void for_runs(const Chosen& chosen, int64_t from, int64_t to, const F& body) {
   }
 }
 
-// The rows of a matrix [R, width] of which the chosen experts' are there: A itself, or B turned.
+// A matrix [R, width], dense.
 template <class T>
 struct Rows {
-  const T* data;
-  int64_t width;
+  explicit Rows(const Tensor& tensor) : data(static_cast<const T*>(tensor.data_ptr())), width(tensor.size(1)) {}
   const T* of(int64_t row) const {
     return data + row * width;
   }
-};
 
-// The chosen experts' columns of b [O,R] as rows, in `memory` [R,O].
-template <class T>
-Rows<T> turned(const Chosen& chosen, const Tensor& b, const Tensor& memory) {
-  const int64_t width = b.size(0), rows = b.size(1);
-  T* target = static_cast<T*>(memory.data_ptr());  // the rows of the others are never touched
-  const T* source = static_cast<const T*>(b.data_ptr());
-  constexpr int64_t kBlock = 16;  // columns that stay in the nearest cache while each row gets its part of them
-  const int64_t blocks = (width + kBlock - 1) / kBlock;
-  torch::stable::parallel_for(0, blocks, grain(kBlock * rows), [&](int64_t begin, int64_t end) {
-    for (int64_t column = begin * kBlock; column < std::min(end * kBlock, width); column += kBlock) {
-      const int64_t last = std::min(column + kBlock, width);
-      for (int64_t e = 0; e < chosen.experts; ++e) {
-        if (chosen.first[e] == chosen.first[e + 1]) continue;
-        for (int64_t r = chosen.starts[e]; r < chosen.starts[e + 1]; ++r) {
-          for (int64_t o = column; o < last; ++o) target[r * width + o] = source[o * rows + r];
-        }
-      }
-    }
-  });
-  return {target, width};
-}
+  const T* data;
+  int64_t width;
+};
 
 // u[slot] = p rows of its expert * x[token of the slot], then after(slot, expert) while u[slot] is near.
 template <class Kernels, class T, class F>
@@ -208,7 +188,7 @@ void with_kernels(ScalarType type, const F& body) {
   return run(portable::Lora{});
 }
 
-void check(const Tensor& tokens, int64_t width, const Tensor& like, const Chosen& chosen, const Tensor& mix) {
+void check(const Tensor& tokens, int64_t width, const Tensor& like, const Tensor& mix) {
   STD_TORCH_CHECK(
       tokens.is_contiguous() && tokens.scalar_type() == like.scalar_type() && tokens.dim() == 2 &&
           tokens.size(0) == mix.size(0) && tokens.size(1) == width,
@@ -219,7 +199,7 @@ void check_experts(const Tensor& a, const Tensor& b, const Chosen& chosen) {
   const ScalarType type = a.scalar_type();
   STD_TORCH_CHECK(
       (type == ScalarType::Float || type == ScalarType::BFloat16) && b.scalar_type() == type && a.is_contiguous() &&
-          b.is_contiguous() && a.size(0) == b.size(1) && chosen.starts[0] == 0 &&
+          b.is_contiguous() && a.size(0) == b.size(0) && chosen.starts[0] == 0 &&
           chosen.starts[chosen.experts] == a.size(0),
       "stacked experts");
 }
@@ -229,32 +209,26 @@ Tensor empty_slots(const Tensor& mix, const Chosen& chosen) {
   return torch::stable::new_empty(mix, {chosen.slots(), chosen.largest});
 }
 
-Tensor empty_turned(const Tensor& b) {
-  return torch::stable::new_empty(b, {b.size(1), b.size(0)});
-}
-
 }  // namespace
 
 Tensor lora_forward(
     const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& mix, const Tensor& starts, const Tensor& y) {
   const Chosen chosen(mix, starts);
   check_experts(a, b, chosen);
-  check(x, a.size(1), a, chosen, mix);
-  check(y, b.size(0), a, chosen, mix);
-  const Tensor kept = empty_slots(mix, chosen), scaled = empty_slots(mix, chosen), memory = empty_turned(b);
+  check(x, a.size(1), a, mix);
+  check(y, b.size(1), a, mix);
+  const Tensor kept = empty_slots(mix, chosen), scaled = empty_slots(mix, chosen);
   float* u = static_cast<float*>(kept.data_ptr());
   float* v = static_cast<float*>(scaled.data_ptr());
   with_kernels(a.scalar_type(), [&](auto kernels, auto zero) {
     using K = decltype(kernels);
     using T = decltype(zero);
-    project<K>(
-        chosen, static_cast<const T*>(x.data_ptr()), Rows<T>{static_cast<const T*>(a.data_ptr()), a.size(1)}, u,
-        [&](int64_t slot, int64_t e) {
-          const float weight = chosen.weight(slot, e);
-          const int64_t at = slot * chosen.largest;
-          for (int64_t r = 0; r < chosen.rank(e); ++r) v[at + r] = u[at + r] * weight;
-        });
-    spread<K>(chosen, v, turned<T>(chosen, b, memory), static_cast<T*>(y.data_ptr()));
+    project<K>(chosen, static_cast<const T*>(x.data_ptr()), Rows<T>(a), u, [&](int64_t slot, int64_t e) {
+      const float weight = chosen.weight(slot, e);
+      const int64_t at = slot * chosen.largest;
+      for (int64_t r = 0; r < chosen.rank(e); ++r) v[at + r] = u[at + r] * weight;
+    });
+    spread<K>(chosen, v, Rows<T>(b), static_cast<T*>(y.data_ptr()));
   });
   return kept;
 }
@@ -264,37 +238,31 @@ void lora_backward(
     const std::optional<Tensor>& u, const std::optional<Tensor>& dx, const std::optional<Tensor>& dmix) {
   const Chosen chosen(mix, starts);
   check_experts(a, b, chosen);
-  check(dy, b.size(0), a, chosen, mix);
-  if (dx) check(*dx, a.size(1), a, chosen, mix);
+  check(dy, b.size(1), a, mix);
+  if (dx) check(*dx, a.size(1), a, mix);
   STD_TORCH_CHECK(
       !dmix || (u && u->scalar_type() == ScalarType::Float && u->is_contiguous() &&
                 u->numel() == chosen.slots() * chosen.largest && dmix->scalar_type() == ScalarType::Float &&
                 dmix->is_contiguous() && dmix->numel() == mix.numel()),
       "dmix: fp32, dense, from what the forward returned");
-  const Tensor scaled = empty_slots(mix, chosen), memory = empty_turned(b);
+  const Tensor scaled = empty_slots(mix, chosen);
   float* v = static_cast<float*>(scaled.data_ptr());
   const float* kept = dmix ? static_cast<const float*>(u->data_ptr()) : nullptr;
   float* weights = dmix ? static_cast<float*>(dmix->data_ptr()) : nullptr;
   with_kernels(a.scalar_type(), [&](auto kernels, auto zero) {
     using K = decltype(kernels);
     using T = decltype(zero);
-    project<K>(
-        chosen, static_cast<const T*>(dy.data_ptr()), turned<T>(chosen, b, memory), v,
-        [&](int64_t slot, int64_t e) {
-          const float weight = chosen.weight(slot, e);
-          const int64_t at = slot * chosen.largest;
-          float sum = 0.0f;
-          for (int64_t r = 0; r < chosen.rank(e); ++r) {
-            if (kept) sum += kept[at + r] * v[at + r];
-            v[at + r] *= weight;
-          }
-          if (kept) weights[chosen.token[slot] * chosen.experts + e] = sum;
-        });
-    if (dx) {
-      spread<K>(
-          chosen, v, Rows<T>{static_cast<const T*>(a.data_ptr()), a.size(1)},
-          static_cast<T*>(dx->data_ptr()));
-    }
+    project<K>(chosen, static_cast<const T*>(dy.data_ptr()), Rows<T>(b), v, [&](int64_t slot, int64_t e) {
+      const float weight = chosen.weight(slot, e);
+      const int64_t at = slot * chosen.largest;
+      float sum = 0.0f;
+      for (int64_t r = 0; r < chosen.rank(e); ++r) {
+        if (kept) sum += kept[at + r] * v[at + r];
+        v[at + r] *= weight;
+      }
+      if (kept) weights[chosen.token[slot] * chosen.experts + e] = sum;
+    });
+    if (dx) spread<K>(chosen, v, Rows<T>(a), static_cast<T*>(dx->data_ptr()));
   });
 }
 

@@ -79,8 +79,13 @@ MOE_DIST_INLINE __m512i rounded(__m512 value) {
   const __m512i bits = _mm512_castps_si512(value);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i round = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+  return _mm512_add_epi32(bits, round);
+}
+
+// The same where there may be NaN.
+MOE_DIST_INLINE __m512i rounded_nan(__m512 value) {
   const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-  return _mm512_mask_mov_epi32(_mm512_add_epi32(bits, round), is_nan, _mm512_set1_epi32(0x7fc00000));
+  return _mm512_mask_mov_epi32(rounded(value), is_nan, _mm512_set1_epi32(0x7fc00000));
 }
 
 struct Vec {
@@ -99,7 +104,11 @@ struct Vec {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)), _mm512_castsi512_ps(odd)};
   }
   MOE_DIST_INLINE __m512i packed() const {
-    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(rounded(a), 16), rounded(b));
+    if (__builtin_expect(_mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q) == 0, 1)) return pair(rounded(a), rounded(b));
+    return pair(rounded_nan(a), rounded_nan(b));
+  }
+  MOE_DIST_INLINE static __m512i pair(__m512i even, __m512i odd) {
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(even, 16), odd);
   }
   MOE_DIST_INLINE void store(float* target) const {
     _mm512_storeu_ps(target, a);
@@ -157,8 +166,12 @@ MOE_DIST_INLINE __m256i rounded(__m256 value) {  // as above
   const __m256i bits = _mm256_castps_si256(value);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i round = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+  return _mm256_add_epi32(bits, round);
+}
+
+MOE_DIST_INLINE __m256i rounded_nan(__m256 value) {
   const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
-  return _mm256_blendv_epi8(_mm256_add_epi32(bits, round), _mm256_set1_epi32(0x7fc00000), is_nan);
+  return _mm256_blendv_epi8(rounded(value), _mm256_set1_epi32(0x7fc00000), is_nan);
 }
 
 struct Vec {
@@ -177,7 +190,13 @@ struct Vec {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)), _mm256_castsi256_ps(odd)};
   }
   MOE_DIST_INLINE __m256i packed() const {
-    return _mm256_blend_epi16(_mm256_srli_epi32(rounded(a), 16), rounded(b), 0xaa);
+    if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_UNORD_Q)) == 0, 1)) {
+      return pair(rounded(a), rounded(b));
+    }
+    return pair(rounded_nan(a), rounded_nan(b));
+  }
+  MOE_DIST_INLINE static __m256i pair(__m256i even, __m256i odd) {
+    return _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa);
   }
   MOE_DIST_INLINE void store(float* target) const {
     _mm256_storeu_ps(target, a);

@@ -13,14 +13,14 @@ import torch
 from moe_dist.ops import native
 
 
-def serves(x_TH: torch.Tensor, a_RH: torch.Tensor, b_OR: torch.Tensor) -> bool:
+def serves(x_TH: torch.Tensor, a_RH: torch.Tensor, b_RO: torch.Tensor) -> bool:
     """Whether this form computes such a mixture: fp32 or bf16 alike, dense, on a CPU."""
     return (
         x_TH.device.type == "cpu"
         and x_TH.dtype in (torch.float32, torch.bfloat16)
-        and x_TH.dtype == a_RH.dtype == b_OR.dtype
+        and x_TH.dtype == a_RH.dtype == b_RO.dtype
         and a_RH.is_contiguous()
-        and b_OR.is_contiguous()
+        and b_RO.is_contiguous()
         and native.has_cpu()
     )
 
@@ -28,7 +28,7 @@ def serves(x_TH: torch.Tensor, a_RH: torch.Tensor, b_OR: torch.Tensor) -> bool:
 def forward(
     x_TH: torch.Tensor,
     a_RH: torch.Tensor,
-    b_OR: torch.Tensor,
+    b_RO: torch.Tensor,
     mix_TN: torch.Tensor,
     ranks: tuple[int, ...],
     y_TO: torch.Tensor,
@@ -37,7 +37,7 @@ def forward(
 ) -> torch.Tensor | None:
     """As `lora_concatenated.forward`; what is kept is float32, a row for each weight that is not zero."""
     mix_TN = mix_TN.float().contiguous()
-    u = torch.ops.moe_dist.lora_forward(x_TH.contiguous(), a_RH, b_OR, mix_TN, _starts(ranks), y_TO)
+    u = torch.ops.moe_dist.lora_forward(x_TH.contiguous(), a_RH, b_RO, mix_TN, _starts(ranks), y_TO)
     return u if keep else None
 
 
@@ -45,7 +45,7 @@ def backward(
     grad_TO: torch.Tensor,
     x_TH: torch.Tensor | None,
     a_RH: torch.Tensor,
-    b_OR: torch.Tensor,
+    b_RO: torch.Tensor,
     mix_TN: torch.Tensor,
     ranks: tuple[int, ...],
     u: torch.Tensor | None,
@@ -58,7 +58,7 @@ def backward(
     mix = needs[2]
     weights_TN = mix_TN.float().contiguous()
     grad_mix = torch.zeros_like(weights_TN) if mix else None
-    torch.ops.moe_dist.lora_backward(grad_TO, a_RH, b_OR, weights_TN, _starts(ranks), u, grad_x_TH, grad_mix)
+    torch.ops.moe_dist.lora_backward(grad_TO, a_RH, b_RO, weights_TN, _starts(ranks), u, grad_x_TH, grad_mix)
     return [None, None, grad_mix.to(mix_TN.dtype) if mix else None]
 
 

@@ -9,7 +9,7 @@ import torch
 def forward(
     x_TH: torch.Tensor,
     a_RH: torch.Tensor,
-    b_OR: torch.Tensor,
+    b_RO: torch.Tensor,
     mix_TN: torch.Tensor,
     ranks: tuple[int, ...],
     y_TO: torch.Tensor,
@@ -19,7 +19,7 @@ def forward(
     """Add the mixture to y in place -> what the backward needs for the gradients of mix and b, if it is to be kept."""
     u_TR = torch.mm(x_TH, a_RH.t())
     v_TR = weigh(u_TR, mix_TN, ranks, out=torch.empty_like(u_TR) if keep else u_TR)
-    y_TO.addmm_(v_TR, b_OR.t())
+    y_TO.addmm_(v_TR, b_RO)
     return u_TR if keep else None
 
 
@@ -27,7 +27,7 @@ def backward(
     grad_TO: torch.Tensor,
     x_TH: torch.Tensor | None,
     a_RH: torch.Tensor,
-    b_OR: torch.Tensor,
+    b_RO: torch.Tensor,
     mix_TN: torch.Tensor,
     ranks: tuple[int, ...],
     u_TR: torch.Tensor | None,
@@ -39,7 +39,7 @@ def backward(
     a, b, mix = needs
     grad_a = grad_b = grad_mix = None
     if a or mix or grad_x_TH is not None:
-        grad_TR = torch.mm(grad_TO, b_OR)
+        grad_TR = torch.mm(grad_TO, b_RO.t())
         if mix:
             grad_mix = sum_of_each(u_TR * grad_TR.to(mix_TN.dtype), ranks)
         weigh(grad_TR, mix_TN, ranks, out=grad_TR)
@@ -48,7 +48,7 @@ def backward(
         if grad_x_TH is not None:
             grad_x_TH.addmm_(grad_TR, a_RH)
     if b:
-        grad_b = torch.mm(grad_TO.t(), weigh(u_TR, mix_TN, ranks, out=torch.empty_like(u_TR)))
+        grad_b = torch.mm(weigh(u_TR, mix_TN, ranks, out=torch.empty_like(u_TR)).t(), grad_TO)
     return [grad_a, grad_b, grad_mix]
 
 

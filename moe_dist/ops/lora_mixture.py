@@ -2,7 +2,7 @@
 
     y = W·x + bias + Σ_i mix_i · B_i·A_i·x
 
-The experts lie stacked, A of all of them one below the other, B side by side. Two forms compute the same sum:
+The experts lie stacked one below the other, every B turned. Two forms compute the same sum:
 
 - *concatenated*: two dense products for all experts at once; between the two, each expert's columns times its weight;
 - *chosen*: for each token the experts whose weight is not zero, in loops of our own (csrc/lora.h: CPU, frozen experts).
@@ -36,7 +36,7 @@ def lora_mixture(
     weight_OH: torch.Tensor,
     bias_O: torch.Tensor | None,
     a_RH: torch.Tensor,
-    b_OR: torch.Tensor,
+    b_RO: torch.Tensor,
     mix_TN: torch.Tensor,
     ranks: tuple[int, ...],
     *,
@@ -45,7 +45,7 @@ def lora_mixture(
 ) -> torch.Tensor:
     """The layer's output `[T,O]` in the dtype of x.
 
-    a_RH, b_OR: the stacked experts, R = sum of `ranks`, the rows of each of the N experts; in the dtype of x.
+    a_RH, b_RO: A_i and B_iᵀ, one expert below the other, R = sum of `ranks`; in the dtype of x.
     mix_TN: an expert's weight for a token, its LoRA scale included; float32, or the dtype of x.
     most: how many weights of a token differ from zero, at most (the k of a top-k); None: any number.
     form: a key of FORMS; None chooses by what was measured.
@@ -54,40 +54,40 @@ def lora_mixture(
     backward. With `most`, a weight of zero gets no gradient. With B zero it is the base layer's output to the bit.
     """
     assert len(ranks) == mix_TN.shape[1], "as many ranks as experts"
-    assert sum(ranks) == len(a_RH) == b_OR.shape[1], "as many rows of A and columns of B as the ranks say"
-    tensors = (x_TH, weight_OH, bias_O, a_RH, b_OR, mix_TN)
+    assert sum(ranks) == len(a_RH) == len(b_RO), "as many rows as the ranks say"
+    tensors = (x_TH, weight_OH, bias_O, a_RH, b_RO, mix_TN)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        form = form or choose(x_TH, a_RH, b_OR, ranks, most, trains=a_RH.requires_grad or b_OR.requires_grad)
+        form = form or choose(x_TH, a_RH, b_RO, ranks, most, trains=a_RH.requires_grad or b_RO.requires_grad)
         return _LoraMixture.apply(*tensors, ranks, most, FORMS[form])
-    form = form or choose(x_TH, a_RH, b_OR, ranks, most, trains=False)
+    form = form or choose(x_TH, a_RH, b_RO, ranks, most, trains=False)
     y_TO = base_layer(x_TH, weight_OH, bias_O)
-    FORMS[form].forward(x_TH, a_RH, b_OR, mix_TN, ranks, y_TO, keep=False)
+    FORMS[form].forward(x_TH, a_RH, b_RO, mix_TN, ranks, y_TO, keep=False)
     return y_TO
 
 
 def choose(
     x_TH: torch.Tensor,
     a_RH: torch.Tensor,
-    b_OR: torch.Tensor,
+    b_RO: torch.Tensor,
     ranks: tuple[int, ...],
     most: int | None,
     *,
     trains: bool,
 ) -> str:
     """The faster form of those that serve."""
-    if trains or most is None or not lora_chosen.serves(x_TH, a_RH, b_OR):
+    if trains or most is None or not lora_chosen.serves(x_TH, a_RH, b_RO):
         return "concatenated"
     dtype, rows = x_TH.dtype, sum(ranks)
     own = most * (_OWN_PASS[dtype] + _OWN_ROW[dtype] * max(ranks))
-    calls = _CALLS[dtype] / max(len(x_TH) * (x_TH.shape[1] + len(b_OR)), 1)
+    calls = _CALLS[dtype] / max(len(x_TH) * (x_TH.shape[1] + b_RO.shape[1]), 1)
     return "chosen" if own < _PASS[dtype] + _ROW[dtype] * rows + calls else "concatenated"
 
 
-def reference(x_TH, weight_OH, bias_O, a_RH, b_OR, mix_TN, ranks):
+def reference(x_TH, weight_OH, bias_O, a_RH, b_RO, mix_TN, ranks):
     """The formula, expert after expert, in plain torch: what `lora_mixture` is compared with."""
     y_TO = F.linear(x_TH, weight_OH, bias_O)
-    for a_rH, b_Or, mix_T in zip(a_RH.split(ranks), b_OR.split(ranks, dim=1), mix_TN.unbind(1), strict=True):
-        y_TO = y_TO + (mix_T[:, None] * F.linear(F.linear(x_TH, a_rH), b_Or)).to(y_TO.dtype)
+    for a_rH, b_rO, mix_T in zip(a_RH.split(ranks), b_RO.split(ranks), mix_TN.unbind(1), strict=True):
+        y_TO = y_TO + (mix_T[:, None] * F.linear(F.linear(x_TH, a_rH), b_rO.t())).to(y_TO.dtype)
     return y_TO
 
 
@@ -101,16 +101,16 @@ def base_layer(x_TH: torch.Tensor, weight_OH: torch.Tensor, bias_O: torch.Tensor
 
 class _LoraMixture(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TH, weight_OH, bias_O, a_RH, b_OR, mix_TN, ranks, most, form):
+    def forward(ctx, x_TH, weight_OH, bias_O, a_RH, b_RO, mix_TN, ranks, most, form):
         x, weight, _, a, b, mix = ctx.needs_input_grad[:6]
         y_TO = base_layer(x_TH, weight_OH, bias_O)
-        u = form.forward(x_TH, a_RH, b_OR, mix_TN, ranks, y_TO, keep=b or mix)
+        u = form.forward(x_TH, a_RH, b_RO, mix_TN, ranks, y_TO, keep=b or mix)
         experts = x or a or b or mix  # whose gradients need the experts at all
         ctx.save_for_backward(
             x_TH if weight or a else None,
             weight_OH if x else None,
             a_RH if experts else None,
-            b_OR if experts else None,
+            b_RO if experts else None,
             mix_TN if experts else None,
             u,
         )
@@ -120,14 +120,14 @@ class _LoraMixture(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_TO):
-        x_TH, weight_OH, a_RH, b_OR, mix_TN, u = ctx.saved_tensors
+        x_TH, weight_OH, a_RH, b_RO, mix_TN, u = ctx.saved_tensors
         x, weight, bias, a, b, mix = ctx.needs_input_grad[:6]
         grad_TO = grad_TO.contiguous()
         grad_x = torch.mm(grad_TO, weight_OH, out=empty(grad_TO, len(grad_TO), weight_OH.shape[1])) if x else None
         grad_a = grad_b = grad_mix = None
         if x or a or b or mix:
             grad_a, grad_b, grad_mix = ctx.form.backward(
-                grad_TO, x_TH, a_RH, b_OR, mix_TN, ctx.ranks, u, grad_x, needs=(a, b, mix)
+                grad_TO, x_TH, a_RH, b_RO, mix_TN, ctx.ranks, u, grad_x, needs=(a, b, mix)
             )
         if mix and ctx.most is not None:
             grad_mix.masked_fill_(mix_TN == 0, 0)

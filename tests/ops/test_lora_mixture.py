@@ -35,7 +35,7 @@ def problem(
     chosen_TK = mix_TN.topk(min(top_k, count), dim=1).indices
     mix_TN = torch.zeros_like(mix_TN).scatter(1, chosen_TK, mix_TN.gather(1, chosen_TK))
     x_TH, weight_OH, bias_O = draw(tokens, hidden), draw(out, hidden), draw(out)
-    tensors = [x_TH, weight_OH, bias_O if bias else None, draw(sum(ranks), hidden), draw(out, sum(ranks)), mix_TN]
+    tensors = [x_TH, weight_OH, bias_O if bias else None, draw(sum(ranks), hidden), draw(sum(ranks), out), mix_TN]
     dtypes = [dtype] * 5 + [mix_dtype or dtype]
     return [
         None if tensor is None else tensor.to(wanted).requires_grad_(name in trains)
@@ -205,9 +205,9 @@ def test_what_is_not_a_number_stays_in_its_row():
 
 
 def chosen(experts, *, tokens=4096, most=1, rank=8, dtype=torch.float32, trains=False):
-    sizes = ((tokens, 2048), (experts * rank, 2048), (2048, experts * rank))
-    x_TH, a_RH, b_HR = (torch.empty(size, dtype=dtype) for size in sizes)
-    return choose(x_TH, a_RH, b_HR, (rank,) * experts, most, trains=trains) == "chosen"
+    sizes = ((tokens, 2048), (experts * rank, 2048), (experts * rank, 2048))
+    x_TH, a_RH, b_RH = (torch.empty(size, dtype=dtype) for size in sizes)
+    return choose(x_TH, a_RH, b_RH, (rank,) * experts, most, trains=trains) == "chosen"
 
 
 @needs_native

@@ -47,7 +47,7 @@ def write_experts(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], f
         adapter, pairs, changed = open_lora(source), {}, False
         with adapter.files:
             for module in adapter.targets:
-                a, b = tensors[f"{module}.experts_a"][rows], tensors[f"{module}.experts_b"][:, rows]
+                a, b = tensors[f"{module}.experts_a"][rows], tensors[f"{module}.experts_b"][rows].t()
                 pairs[module] = a, b
                 before = adapter.pair(module)
                 changed |= any(not torch.equal(old.to(new.dtype), new) for old, new in zip(before, (a, b), strict=True))

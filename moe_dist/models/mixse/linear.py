@@ -26,8 +26,8 @@ class Mix:
 
 
 class MixseLinear(nn.Linear):
-    """A linear layer that keeps its `weight` and `bias`, and holds its experts stacked: A of all of them one below the
-    other in `experts_a` `[R, in]`, B side by side in `experts_b` `[out, R]`."""
+    """A linear layer that keeps its `weight` and `bias`, and holds its experts stacked: one below the other: A of
+    all of them in `experts_a` `[R, in]`, B turned in `experts_b` `[R, out]`."""
 
     def __init__(self, base: nn.Linear, ranks: tuple[int, ...], mix: Mix, device: torch.device | str):
         nn.Module.__init__(self)  # nn.Linear's own would make another weight
@@ -35,7 +35,7 @@ class MixseLinear(nn.Linear):
         self.weight, self.bias = base.weight, base.bias
         rows, dtype = sum(ranks), base.weight.dtype
         self.experts_a = nn.Parameter(torch.zeros(rows, base.in_features, dtype=dtype, device=device))
-        self.experts_b = nn.Parameter(torch.zeros(base.out_features, rows, dtype=dtype, device=device))
+        self.experts_b = nn.Parameter(torch.zeros(rows, base.out_features, dtype=dtype, device=device))
         self.ranks, self.mix = ranks, mix
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

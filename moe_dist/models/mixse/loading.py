@@ -33,7 +33,7 @@ def read_experts(model: PreTrainedModel, spec: MixseSpec, folder: Path) -> None:
             for target in adapter.targets:
                 a, b = adapter.pair(target)
                 layers[target].experts_a[rows].copy_(a)
-                layers[target].experts_b[:, rows].copy_(b)
+                layers[target].experts_b[rows].copy_(b.t())
     _read_router(model.get_submodule(ROUTER), folder / KEY / ROUTER_FILE)
 
 

@@ -39,7 +39,7 @@ class MixseSpec:
     seed: int = 0
 
     def slices(self) -> dict[str, slice]:
-        """Name of each expert -> its rows of `experts_a` (and columns of `experts_b`)."""
+        """Name of each expert -> its rows of `experts_a` and `experts_b`."""
         found, start = {}, 0
         for name, rank in zip(self.experts, self.ranks, strict=True):
             found[name] = slice(start, start + rank)

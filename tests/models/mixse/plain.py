@@ -30,8 +30,8 @@ class PlainMixture:
             if ".lora_A." in key:
                 module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
                 self.leaves[f"{module}.experts_a"] = torch.cat([file[key] for file in files])
-                b = [file[key.replace("lora_A", "lora_B")] for file in files]
-                self.leaves[f"{module}.experts_b"] = torch.cat(b, dim=1)
+                b = [file[key.replace("lora_A", "lora_B")].T for file in files]
+                self.leaves[f"{module}.experts_b"] = torch.cat(b)
                 self.model.get_submodule(module).register_forward_hook(self._branches(module))
         for leaf in self.leaves.values():
             leaf.requires_grad_()
@@ -47,8 +47,8 @@ class PlainMixture:
             (x,), start = inputs, 0
             for expert, (rank, scale) in enumerate(zip(self.settings["ranks"], self.settings["scales"], strict=True)):
                 a = self.leaves[f"{module}.experts_a"][start : start + rank]
-                b = self.leaves[f"{module}.experts_b"][:, start : start + rank]
-                output = output + self.alpha[..., expert : expert + 1] * scale * (x @ a.T @ b.T)
+                b = self.leaves[f"{module}.experts_b"][start : start + rank]
+                output = output + self.alpha[..., expert : expert + 1] * scale * (x @ a.T @ b)
                 start += rank
             return output
 

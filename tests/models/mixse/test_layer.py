@@ -86,7 +86,7 @@ def test_the_layer_s_formula(dtype):
     x.requires_grad_(), alpha.requires_grad_()
     expected = x @ w.T + b
     for expert, (rows, scale) in enumerate(zip((slice(0, 3), slice(3, 8)), scales, strict=True)):
-        expected = expected + alpha[:, expert, None] * scale * (x @ a[rows].T @ bb[:, rows].T)
+        expected = expected + alpha[:, expert, None] * scale * (x @ a[rows].T @ bb[rows])
     wanted = [expected, *torch.autograd.grad((expected * weights).sum(), (x, alpha))]
     for mine, right in zip(found, wanted, strict=True):
         assert relative_error(mine, right) < (2e-6 if dtype == torch.float32 else 2e-2)
