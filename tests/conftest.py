@@ -15,6 +15,11 @@ OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CR
 
 def pytest_addoption(parser):
     parser.addoption("--all-cells", action="store_true", help="every cell of the parity matrix, not the covering ones")
+    parser.addoption("--faults", action="store_true", help="those of tests/faults, too, that only its report runs")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "report_only: of tests/faults, run by its report and not by `make test`")
 
 
 @pytest.fixture(autouse=True)

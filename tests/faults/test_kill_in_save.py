@@ -92,12 +92,12 @@ def two_saves(rank: int, root: str, store: str, where: str, victim: int) -> None
 @pytest.fixture(scope="module")
 def fork():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.checkpoint.test_kill"])
+    context.set_forkserver_preload(["tests.faults.test_kill_in_save"])
     return context
 
 
 @pytest.mark.parametrize(("where", "death", "victim"), CASES, ids=[f"{w}-rank{v}" for w, _, v in CASES])
-def test_kill(tmp_path, fork, where, death, victim):
+def test_fault_01_kill_in_a_save(tmp_path, fork, where, death, victim):
     root = tmp_path / "checkpoints"
     processes = [
         fork.Process(target=two_saves, args=(rank, str(root), str(tmp_path / "store"), where, victim))
