@@ -4,6 +4,7 @@
 #   make quickstart-nexus  upcycle dense experts into one mixture and add one more (about four minutes)
 #   make quickstart-self-moe  a model writes its own data and becomes a mixture of LoRA experts (about five minutes)
 #   make test         lint and the tests
+#   make bench        the benchmarks, one table of their results; ONLY="NAME ..." for some of them
 # PYTHON chooses the interpreter, TORCH the build of torch; a GPU user might say
 #   make test TORCH="torch==2.13.0 --index-url URL"     with the URL of a CUDA build, from the selector on pytorch.org
 
@@ -11,8 +12,6 @@ PYTHON ?= python3
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*)
-# A benchmark is a module of benchmarks/; those that begin with _ serve the others.
-BENCHMARKS := $(filter-out _%,$(basename $(notdir $(wildcard benchmarks/*.py))))
 CODE := moe_dist tests configs setup.py $(wildcard csrc/*.py benchmarks)
 
 .PHONY: install quickstart quickstart-esft quickstart-nexus quickstart-self-moe test lint format bench parity families clean
@@ -44,7 +43,7 @@ format: .venv/.package
 	$(BIN)/ruff format $(CODE)
 
 bench: .venv/.package
-	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	$(BIN)/python -m benchmarks $(ONLY)
 
 parity: .venv/.package
 	$(BIN)/python -m pytest -q tests/parity --all-cells

@@ -25,7 +25,6 @@ alone are measured.
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -34,7 +33,7 @@ import torch
 
 from benchmarks import _esft_arms
 from benchmarks._esft_arms import Arm, Task
-from benchmarks._harness import interleaved, row, run
+from benchmarks._harness import Median, interleaved, row, run
 from benchmarks._measure import allocated, flops
 from benchmarks.esft_placement import DATA
 from moe_dist.ops import native
@@ -182,7 +181,7 @@ def _take_turns(arms: tuple[Arm, Arm], rounds: int) -> list[list[float]]:
             middle = time.perf_counter()
             arm.step()
             series.append((1e3 * (middle - start), 1e3 * (time.perf_counter() - start)))
-    return [[statistics.median(column) for column in zip(*series, strict=True)] for series in times]
+    return [[Median(column) for column in zip(*series, strict=True)] for series in times]
 
 
 def _same(ours: dict, theirs: dict) -> None:

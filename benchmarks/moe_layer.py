@@ -14,7 +14,6 @@ from __future__ import annotations
 import gc
 import os
 import socket
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import _moe_peers
-from benchmarks._harness import row, run
+from benchmarks._harness import Median, row, run
 from benchmarks._moe_peers import Contender, Problem, Shape
 from moe_dist.ops import native
 from moe_dist.parallel.grid import Grid, build_grid
@@ -177,7 +176,7 @@ def alternate(problem: Problem, contenders: tuple[Contender, ...], rounds: int) 
             together()
             series.append(1e3 * (time.perf_counter() - start))
             forget(contender, hidden_TH)
-    return [statistics.median(series) for series in times]
+    return [Median(series) for series in times]
 
 
 if __name__ == "__main__":

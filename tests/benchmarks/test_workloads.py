@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -49,7 +51,7 @@ def test_each_is_what_its_name_says(layout):
     if layout.ranks > 1:
         counts = [len(part) for part in made["W4 ragged"]]
         assert counts[-1] == 0
-        assert all(a >= 2 * b - 1 for a, b in zip(counts, counts[1:], strict=False))
+        assert all(a >= 2 * b - 1 for a, b in pairwise(counts))
         assert not loads(made["W5 idle rank"], layout)[held[-1]].any()
     hot = [int(loads(workload("W6 rotating", layout, step=step), layout).argmax()) for step in range(3)]
     assert len(set(hot)) == 3
