@@ -24,12 +24,14 @@ def flops(step: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def _forward(x, w_in, w_out, counts, y, z=None, *, out_shape=None) -> int:
+def _forward(x, w_in, w_out, counts, factor, y, z=None, *, out_shape=None) -> int:
     """Shapes of the operator's tensors -> 2 · rows · (F·H + H·I)."""
     return _product(x, w_in) + _product(x, w_out)
 
 
-def _backward(dy, x, z, w_in, w_out, counts, dx=None, dw_in=None, dw_out=None, *, out_shape=None) -> int:
+def _backward(
+    dy, x, z, w_in, w_out, counts, factor, dx=None, dw_in=None, dw_out=None, dfactor=None, *, out_shape=None
+) -> int:
     """The gradient of a (always), of the rows and of each weight where wanted, and z where it was not kept."""
     wide, narrow = _product(dy, w_in), _product(dy, w_out)
     return narrow + wide * ((z is None) + (dx is not None) + (dw_in is not None)) + narrow * (dw_out is not None)

@@ -15,18 +15,19 @@ namespace cpu {
 
 using torch::stable::Tensor;
 
-// x [R,H], w_in [S,2I,H], w_out [S,H,I], counts int64 [up to S]; all dense, fp32 or bf16 alike.
-// y[r] = swiglu(x[r] · w_in[e]ᵀ) · w_out[e]ᵀ; z [R,2I] receives what goes into the activation, where it is wanted.
+// x [R,H], w_in [S,2I,H], w_out [S,H,I], counts int64 [up to S]; all dense, fp32 or bf16 alike. factor [R] or null.
+// y[r] = factor[r] · swiglu(x[r] · w_in[e]ᵀ) · w_out[e]ᵀ, the factor applied to the activation; z [R,2I] receives what
+// goes into that, where it is wanted.
 void experts_forward(
-    const Tensor& x, const Tensor& w_in, const Tensor& w_out, const Tensor& counts, const Tensor& y,
-    const std::optional<Tensor>& z);
+    const Tensor& x, const Tensor& w_in, const Tensor& w_out, const Tensor& counts, const float* factor,
+    const Tensor& y, const std::optional<Tensor>& z);
 
 // From the gradient of y. Without z it is computed again from x. x may be missing where neither that nor dw_in asks for
-// it; each result may be missing. dw of experts without rows is left as it is.
+// it; each result may be missing (dfactor [R]: null). dw of experts without rows is left as it is.
 void experts_backward(
     const Tensor& dy, const std::optional<Tensor>& x, const std::optional<Tensor>& z, const Tensor& w_in,
-    const Tensor& w_out, const Tensor& counts, const std::optional<Tensor>& dx, const std::optional<Tensor>& dw_in,
-    const std::optional<Tensor>& dw_out);
+    const Tensor& w_out, const Tensor& counts, const float* factor, const std::optional<Tensor>& dx,
+    const std::optional<Tensor>& dw_in, const std::optional<Tensor>& dw_out, float* dfactor);
 
 }  // namespace cpu
 }  // namespace moe_dist

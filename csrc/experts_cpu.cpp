@@ -190,8 +190,8 @@ void for_experts(const Stack& stack, const std::vector<int64_t>& widths, const F
 }  // namespace
 
 void experts_forward(
-    const Tensor& x, const Tensor& w_in, const Tensor& w_out, const Tensor& counts, const Tensor& y,
-    const std::optional<Tensor>& z) {
+    const Tensor& x, const Tensor& w_in, const Tensor& w_out, const Tensor& counts, const float* factor,
+    const Tensor& y, const std::optional<Tensor>& z) {
   const Stack stack(w_in, w_out, counts);
   STD_TORCH_CHECK(x.is_contiguous() && y.is_contiguous() && (!z || z->is_contiguous()), "dense rows expected");
   STD_TORCH_CHECK(x.size(0) == stack.total(), "as many rows as are counted");
@@ -207,7 +207,8 @@ void experts_forward(
     multiply(
         stack.padded_rows_of(x, e, rows, stack.hidden, false, spare), stack.w_in(e).transposed(), z_e, stack.type);
     if (z) stack.keep(z_e, stack.rows_of(*z, e, stack.inner));
-    swiglu(stack.dtype(), stack.counts[e], stack.width, matrix_of(z_e, size), matrix_of(a, size));
+    const float* factor_e = factor ? factor + stack.starts[e] : nullptr;
+    swiglu(stack.dtype(), stack.counts[e], stack.width, matrix_of(z_e, size), factor_e, matrix_of(a, size));
     stack.clear_from(stack.counts[e], a);
     const Block y_e = stack.rows_of(y, e, stack.hidden);
     const Block target = in_place ? y_e : spare;
@@ -218,8 +219,8 @@ void experts_forward(
 
 void experts_backward(
     const Tensor& dy, const std::optional<Tensor>& x, const std::optional<Tensor>& z, const Tensor& w_in,
-    const Tensor& w_out, const Tensor& counts, const std::optional<Tensor>& dx, const std::optional<Tensor>& dw_in,
-    const std::optional<Tensor>& dw_out) {
+    const Tensor& w_out, const Tensor& counts, const float* factor, const std::optional<Tensor>& dx,
+    const std::optional<Tensor>& dw_in, const std::optional<Tensor>& dw_out, float* dfactor) {
   const Stack stack(w_in, w_out, counts);
   STD_TORCH_CHECK(dy.is_contiguous() && (x || (z && !dw_in)), "the rows are needed");
   STD_TORCH_CHECK(dy.size(0) == stack.total(), "as many rows as are counted");
@@ -242,8 +243,9 @@ void experts_backward(
     const Block dy_e = stack.padded_rows_of(dy, e, rows, stack.hidden, dw_out.has_value(), spare);
     multiply(dy_e, stack.w_out(e), a, stack.type);  // the gradient of a, which a itself replaces in the next line
     swiglu_backward(
-        stack.dtype(), count, stack.width, matrix_of(a, size), matrix_of(z_e, size), matrix_of(a, size),
-        matrix_of(dz, size));
+        stack.dtype(), count, stack.width, matrix_of(a, size), matrix_of(z_e, size),
+        factor ? factor + stack.starts[e] : nullptr, matrix_of(a, size), matrix_of(dz, size),
+        dfactor ? dfactor + stack.starts[e] : nullptr);
     stack.clear_from(count, a);
     stack.clear_from(count, dz);
     if (dw_out) {

@@ -55,6 +55,14 @@ float* probs_of(const std::optional<Tensor>& probs, const Slots& slots) {
   return static_cast<float*>(probs->data_ptr());
 }
 
+float* factors_of(const std::optional<Tensor>& factors, int64_t rows) {
+  if (!factors) return nullptr;
+  STD_TORCH_CHECK(
+      factors->scalar_type() == ScalarType::Float && factors->is_contiguous() && factors->numel() == rows,
+      "factors must be fp32 [rows], contiguous");
+  return static_cast<float*>(factors->data_ptr());
+}
+
 Ids ids_of(const Tensor& ids) {
   const ScalarType type = ids.scalar_type();
   STD_TORCH_CHECK(
@@ -108,12 +116,14 @@ void unpermute_backward(
       matrix_of(drows), probs_of(dprobs, slots));
 }
 
-void swiglu(Tensor z, Tensor a) {
+void swiglu(Tensor z, std::optional<Tensor> factor, Tensor a) {
   STD_TORCH_CHECK(z.scalar_type() == a.scalar_type() && z.size(0) == a.size(0) && z.size(1) == 2 * a.size(1), "swiglu");
-  moe_dist::cpu::swiglu(dtype_of(z), a.size(0), a.size(1), matrix_of(z), matrix_of(a));
+  moe_dist::cpu::swiglu(
+      dtype_of(z), a.size(0), a.size(1), matrix_of(z), factors_of(factor, a.size(0)), matrix_of(a));
 }
 
-void swiglu_backward(Tensor da, Tensor z, Tensor a, Tensor dz) {
+void swiglu_backward(
+    Tensor da, Tensor z, std::optional<Tensor> factor, Tensor a, Tensor dz, std::optional<Tensor> dfactor) {
   check_same(da, a);
   check_same(z, dz);
   STD_TORCH_CHECK(
@@ -121,17 +131,23 @@ void swiglu_backward(Tensor da, Tensor z, Tensor a, Tensor dz) {
           dz.size(0) == a.size(0) && z.size(1) == 2 * a.size(1),
       "swiglu_backward");
   moe_dist::cpu::swiglu_backward(
-      dtype_of(z), a.size(0), a.size(1), matrix_of(da), matrix_of(z), matrix_of(a), matrix_of(dz));
+      dtype_of(z), a.size(0), a.size(1), matrix_of(da), matrix_of(z), factors_of(factor, a.size(0)), matrix_of(a),
+      matrix_of(dz), factors_of(dfactor, a.size(0)));
 }
 
-void experts_forward(Tensor x, Tensor w_in, Tensor w_out, Tensor counts, Tensor y, std::optional<Tensor> z) {
-  moe_dist::cpu::experts_forward(x, w_in, w_out, counts, y, z);
+void experts_forward(
+    Tensor x, Tensor w_in, Tensor w_out, Tensor counts, std::optional<Tensor> factor, Tensor y,
+    std::optional<Tensor> z) {
+  moe_dist::cpu::experts_forward(x, w_in, w_out, counts, factors_of(factor, y.size(0)), y, z);
 }
 
 void experts_backward(
     Tensor dy, std::optional<Tensor> x, std::optional<Tensor> z, Tensor w_in, Tensor w_out, Tensor counts,
-    std::optional<Tensor> dx, std::optional<Tensor> dw_in, std::optional<Tensor> dw_out) {
-  moe_dist::cpu::experts_backward(dy, x, z, w_in, w_out, counts, dx, dw_in, dw_out);
+    std::optional<Tensor> factor, std::optional<Tensor> dx, std::optional<Tensor> dw_in, std::optional<Tensor> dw_out,
+    std::optional<Tensor> dfactor) {
+  const int64_t rows = dy.size(0);
+  moe_dist::cpu::experts_backward(
+      dy, x, z, w_in, w_out, counts, factors_of(factor, rows), dx, dw_in, dw_out, factors_of(dfactor, rows));
 }
 
 Tensor lora_forward(Tensor x, Tensor a, Tensor b, Tensor mix, Tensor starts, Tensor y) {
@@ -235,12 +251,15 @@ STABLE_TORCH_LIBRARY(moe_dist, library) {
   library.def(
       "unpermute_backward(Tensor dy, Tensor row_of_slot, Tensor? probs, Tensor? rows, Tensor(a!) drows, "
       "Tensor(b!)? dprobs) -> ()");
-  library.def("swiglu(Tensor z, Tensor(a!) a) -> ()");
-  library.def("swiglu_backward(Tensor da, Tensor z, Tensor(a!) a, Tensor(b!) dz) -> ()");
-  library.def("experts_forward(Tensor x, Tensor w_in, Tensor w_out, Tensor counts, Tensor(a!) y, Tensor(b!)? z) -> ()");
+  library.def("swiglu(Tensor z, Tensor? factor, Tensor(a!) a) -> ()");
   library.def(
-      "experts_backward(Tensor dy, Tensor? x, Tensor? z, Tensor w_in, Tensor w_out, Tensor counts, Tensor(a!)? dx, "
-      "Tensor(b!)? dw_in, Tensor(c!)? dw_out) -> ()");
+      "swiglu_backward(Tensor da, Tensor z, Tensor? factor, Tensor(a!) a, Tensor(b!) dz, Tensor(c!)? dfactor) -> ()");
+  library.def(
+      "experts_forward(Tensor x, Tensor w_in, Tensor w_out, Tensor counts, Tensor? factor, Tensor(a!) y, "
+      "Tensor(b!)? z) -> ()");
+  library.def(
+      "experts_backward(Tensor dy, Tensor? x, Tensor? z, Tensor w_in, Tensor w_out, Tensor counts, Tensor? factor, "
+      "Tensor(a!)? dx, Tensor(b!)? dw_in, Tensor(c!)? dw_out, Tensor(d!)? dfactor) -> ()");
   library.def("lora_forward(Tensor x, Tensor a, Tensor b, Tensor mix, Tensor starts, Tensor(a!) y) -> Tensor");
   library.def(
       "lora_backward(Tensor dy, Tensor a, Tensor b, Tensor mix, Tensor starts, Tensor? u, Tensor(a!)? dx, "

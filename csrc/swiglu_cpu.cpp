@@ -69,21 +69,25 @@ T* row_of(const Matrix& matrix, int64_t row) {
 
 }  // namespace
 
-void swiglu(Dtype dtype, int64_t rows, int64_t width, Matrix z, Matrix a) {
+void swiglu(Dtype dtype, int64_t rows, int64_t width, Matrix z, const float* factor, Matrix a) {
   for_rows(dtype, rows, width, [&](auto kernels, auto zero, int64_t row) {
     using T = decltype(zero);
     const T* gate = row_of<T>(z, row);
-    decltype(kernels)::forward_row(gate, gate + width, row_of<T>(a, row), width);
+    decltype(kernels)::forward_row(gate, gate + width, factor ? factor[row] : 1.0f, row_of<T>(a, row), width);
   });
 }
 
-void swiglu_backward(Dtype dtype, int64_t rows, int64_t width, Matrix da, Matrix z, Matrix a, Matrix dz) {
+void swiglu_backward(
+    Dtype dtype, int64_t rows, int64_t width, Matrix da, Matrix z, const float* factor, Matrix a, Matrix dz,
+    float* dfactor) {
   for_rows(dtype, rows, width, [&](auto kernels, auto zero, int64_t row) {
     using T = decltype(zero);
     const T* gate = row_of<T>(z, row);
     T* dgate = row_of<T>(dz, row);
-    decltype(kernels)::backward_row(
-        row_of<T>(da, row), gate, gate + width, row_of<T>(a, row), dgate, dgate + width, width);
+    const float dot = decltype(kernels)::backward_row(
+        row_of<T>(da, row), gate, gate + width, factor ? factor[row] : 1.0f, row_of<T>(a, row), dgate, dgate + width,
+        width);
+    if (dfactor) dfactor[row] = dot;
   });
 }
 

@@ -57,57 +57,72 @@ MOE_DIST_INLINE void sigmoid(const Floats& g, Floats* out) {
 }
 
 template <class T>
-MOE_DIST_INLINE void forward_at(const T* gate, const T* up, T* a) {
+MOE_DIST_INLINE void forward_at(const T* gate, const T* up, float factor, T* a) {
   Floats g, u, s;
   load(gate, &g);
   load(up, &u);
   sigmoid(g, &s);
-  store(g * s * u, a);
+  store(g * s * u * factor, a);
 }
 
-// Everything is read before anything is written: da and a may be the same memory.
+// Everything is read before anything is written: da and a may be the same memory. <da, silu(gate) * up> is added to
+// `dot`.
 template <class T>
-MOE_DIST_INLINE void backward_at(const T* da, const T* gate, const T* up, T* a, T* dgate, T* dup) {
+MOE_DIST_INLINE void backward_at(
+    const T* da, const T* gate, const T* up, float factor, T* a, T* dgate, T* dup, Floats* dot) {
   Floats d, g, u, s;
   load(da, &d);
   load(gate, &g);
   load(up, &u);
   sigmoid(g, &s);
-  const Floats silu = g * s;
+  const Floats silu = g * s, product = silu * u;
+  *dot += d * product;
+  d *= factor;
   store(d * silu, dup);
   store(d * u * (s + silu * (1.0f - s)), dgate);
-  store(silu * u, a);
+  store(product * factor, a);
+}
+
+MOE_DIST_INLINE float sum(const Floats& value) {
+  float out = 0.0f;
+  for (int64_t i = 0; i < kLanes; ++i) out += value[i];
+  return out;
 }
 
 // The columns beyond the last whole vector go through a padded copy.
 template <class T>
-MOE_DIST_TARGET static void forward_row(const T* gate, const T* up, T* a, int64_t width) {
+MOE_DIST_TARGET static void forward_row(const T* gate, const T* up, float factor, T* a, int64_t width) {
   int64_t i = 0;
-  for (; i + kLanes <= width; i += kLanes) forward_at(gate + i, up + i, a + i);
+  for (; i + kLanes <= width; i += kLanes) forward_at(gate + i, up + i, factor, a + i);
   if (i == width) return;
   T in[2][kLanes] = {}, out[kLanes];
   const size_t bytes = (width - i) * sizeof(T);
   memcpy(in[0], gate + i, bytes);
   memcpy(in[1], up + i, bytes);
-  forward_at(in[0], in[1], out);
+  forward_at(in[0], in[1], factor, out);
   memcpy(a + i, out, bytes);
 }
 
+// -> <da, silu(gate) * up>
 template <class T>
-MOE_DIST_TARGET static void backward_row(
-    const T* da, const T* gate, const T* up, T* a, T* dgate, T* dup, int64_t width) {
+MOE_DIST_TARGET static float backward_row(
+    const T* da, const T* gate, const T* up, float factor, T* a, T* dgate, T* dup, int64_t width) {
+  Floats dot{};
   int64_t i = 0;
-  for (; i + kLanes <= width; i += kLanes) backward_at(da + i, gate + i, up + i, a + i, dgate + i, dup + i);
-  if (i == width) return;
+  for (; i + kLanes <= width; i += kLanes) {
+    backward_at(da + i, gate + i, up + i, factor, a + i, dgate + i, dup + i, &dot);
+  }
+  if (i == width) return sum(dot);
   T in[3][kLanes] = {}, out[3][kLanes];
   const size_t bytes = (width - i) * sizeof(T);
   memcpy(in[0], da + i, bytes);
   memcpy(in[1], gate + i, bytes);
   memcpy(in[2], up + i, bytes);
-  backward_at(in[0], in[1], in[2], out[0], out[1], out[2]);
+  backward_at(in[0], in[1], in[2], factor, out[0], out[1], out[2], &dot);
   memcpy(a + i, out[0], bytes);
   memcpy(dgate + i, out[1], bytes);
   memcpy(dup + i, out[2], bytes);
+  return sum(dot);
 }
 
 };  // struct Swiglu

@@ -7,22 +7,37 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from moe_dist.ops.experts_loop import Activation, Span, activation_backward, prepare_backward, prepare_forward, wide_sum
+from moe_dist.ops.experts_loop import (
+    Activation,
+    Span,
+    activation_backward,
+    prepare_backward,
+    prepare_forward,
+    scaled,
+    wide_dots,
+    wide_sum,
+)
 from moe_dist.ops.swiglu import swiglu, swiglu_backward, swiglu_forward
 
 
 def forward(
-    x_RH: torch.Tensor, span: Span, activation: Activation, *, keep_z: bool, out: torch.Tensor | None
+    x_RH: torch.Tensor,
+    span: Span,
+    activation: Activation,
+    *,
+    keep_z: bool,
+    out: torch.Tensor | None,
+    factor_R: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `experts_loop.forward`."""
     if not len(x_RH):
         return prepare_forward(x_RH, span, keep_z=keep_z, out=out)
     z_RF = _linear(x_RH, span.w_in, span.b_in, span.counts)
     if activation is swiglu:
-        a_RI = swiglu_forward(z_RF, out=x_RH.new_empty(len(x_RH), span.w_out.shape[2]))
+        a_RI = swiglu_forward(z_RF, factor_R, out=x_RH.new_empty(len(x_RH), span.w_out.shape[2]))
     else:
-        a_RI = activation(z_RF)
-    y_RH = _linear(a_RI, span.w_out, span.b_out, span.counts)
+        a_RI = scaled(activation(z_RF), factor_R)
+    y_RH = _linear(a_RI, span.w_out, span.b_out, span.counts, factor_R)
     return y_RH if out is None else out.copy_(y_RH), z_RF if keep_z else None
 
 
@@ -35,6 +50,8 @@ def backward(
     needs: Sequence[bool],
     *,
     out: torch.Tensor | None,
+    factor_R: torch.Tensor | None = None,
+    out_factor: torch.Tensor | None = None,
 ) -> list[torch.Tensor | None]:
     """As `experts_loop.backward`."""
     if not len(grad_RH):
@@ -43,9 +60,13 @@ def backward(
         z_RF = _linear(x_RH, span.w_in, span.b_in, span.counts)
     grad_a_RI = _linear(grad_RH, span.w_out.transpose(1, 2), None, span.counts)
     if activation is swiglu:
-        a_RI, grad_z_RF = swiglu_backward(grad_a_RI, z_RF, out=grad_a_RI, out_grad=torch.empty_like(z_RF))
+        places = {"out": grad_a_RI, "out_grad": torch.empty_like(z_RF), "out_factor": out_factor}
+        a_RI, grad_z_RF = swiglu_backward(grad_a_RI, z_RF, factor_R, **places)
     else:
-        a_RI, grad_z_RF = activation_backward(activation, grad_a_RI, z_RF)
+        a_RI, grad_z_RF = activation_backward(activation, grad_a_RI, z_RF, factor_R, out_factor=out_factor)
+    if out_factor is not None and span.b_out is not None:
+        for seat, rows in span.seats():
+            out_factor[rows] += wide_dots(grad_RH[rows], span.b_out[seat])
     grad_x_RH = None
     if needs[0]:
         grad_x_RH = _linear(grad_z_RF, span.w_in.transpose(1, 2), None, span.counts)
@@ -55,7 +76,7 @@ def backward(
         _weight_grad(grad_z_RF, x_RH, span.w_in, span.counts) if needs[1] else None,
         _weight_grad(grad_RH, a_RI, span.w_out, span.counts) if needs[2] else None,
         _bias_grad(grad_z_RF, span.b_in, span) if needs[3] else None,
-        _bias_grad(grad_RH, span.b_out, span) if needs[4] else None,
+        _bias_grad(grad_RH, span.b_out, span, factor_R) if needs[4] else None,
     ]
 
 
@@ -66,20 +87,29 @@ def _weight_grad(grad_RB: torch.Tensor, x_RA: torch.Tensor, w_SBA: torch.Tensor,
     return F.pad(held, (0, 0, 0, 0, 0, pads)) if pads else held
 
 
-def _bias_grad(grad_RB: torch.Tensor, b_SB: torch.Tensor, span: Span) -> torch.Tensor:
+def _bias_grad(
+    grad_RB: torch.Tensor, b_SB: torch.Tensor, span: Span, factor_R: torch.Tensor | None = None
+) -> torch.Tensor:
     grad_SB = torch.zeros_like(b_SB)
     for seat, rows in span.seats():
-        grad_SB[seat] = wide_sum(grad_RB[rows])
+        grad_SB[seat] = wide_sum(grad_RB[rows], None if factor_R is None else factor_R[rows])
     return grad_SB
 
 
-def _linear(x_RA: torch.Tensor, w_SBA: torch.Tensor, b_SB: torch.Tensor | None, counts: list[int]) -> torch.Tensor:
-    """x · w[s]ᵀ (+ b[s]) for the `counts[s]` rows of each seat s."""
+def _linear(
+    x_RA: torch.Tensor,
+    w_SBA: torch.Tensor,
+    b_SB: torch.Tensor | None,
+    counts: list[int],
+    factor_R: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x · w[s]ᵀ (+ b[s], times the row's factor) for the `counts[s]` rows of each seat s."""
     held = len(counts)
     y_RB = F.grouped_mm(x_RA, w_SBA[:held].transpose(1, 2), offs=_offsets(counts, x_RA.device))
     if b_SB is not None:
         counts_S = torch.tensor(counts, device=y_RB.device)
-        y_RB += b_SB[:held].repeat_interleave(counts_S, dim=0, output_size=len(y_RB))
+        bias_RB = b_SB[:held].repeat_interleave(counts_S, dim=0, output_size=len(y_RB))
+        y_RB += bias_RB if factor_R is None else bias_RB * factor_R[:, None]
     return y_RB
 
 

@@ -44,9 +44,18 @@ class Span:
 
 
 def forward(
-    x_RH: torch.Tensor, span: Span, activation: Activation, *, keep_z: bool, out: torch.Tensor | None
+    x_RH: torch.Tensor,
+    span: Span,
+    activation: Activation,
+    *,
+    keep_z: bool,
+    out: torch.Tensor | None,
+    factor_R: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(y `[R,H]`, in `out` if given; z `[R,F]` if it is to be kept)."""
+    """(y `[R,H]`, in `out` if given; z `[R,F]` if it is to be kept).
+
+    factor_R: fp32 `[R]`, multiplies each row's y: applied to the activation and to b_out. None: ones.
+    """
     out, out_z = prepare_forward(x_RH, span, keep_z=keep_z, out=out)
     w_in_S, w_out_S = span.w_in.unbind(), span.w_out.unbind()
     most = max(span.counts, default=0)
@@ -56,8 +65,12 @@ def forward(
         count = rows.stop - rows.start
         z_RF = z_scratch[:count] if out_z is None else out_z[rows]
         linear(x_RH[rows], w_in_S[seat], span.b_in, seat, z_RF)
-        a_RI = swiglu_forward(z_RF, out=a_scratch[:count]) if activation is swiglu else activation(z_RF)
-        linear(a_RI, w_out_S[seat], span.b_out, seat, out[rows])
+        factor = None if factor_R is None else factor_R[rows]
+        if activation is swiglu:
+            a_RI = swiglu_forward(z_RF, factor, out=a_scratch[:count])
+        else:
+            a_RI = scaled(activation(z_RF), factor)
+        linear(a_RI, w_out_S[seat], span.b_out, seat, out[rows], factor)
     return out, out_z
 
 
@@ -70,10 +83,13 @@ def backward(
     needs: Sequence[bool],
     *,
     out: torch.Tensor | None,
+    factor_R: torch.Tensor | None = None,
+    out_factor: torch.Tensor | None = None,
 ) -> list[torch.Tensor | None]:
     """The gradients of the rows (in `out` if given), w_in, w_out, b_in, b_out; None where `needs` says no.
 
-    x_RH may be None where neither w_in's gradient nor z (itself None: recomputed) asks for it.
+    x_RH may be None where neither w_in's gradient nor z (itself None: recomputed) asks for it. `out_factor`, fp32
+    `[R]`, receives the gradient of the factor, where it is given.
     """
     grad_x_RH, *grads = prepare_backward(grad_RH, span, needs, out)
     w_in_S, w_out_S = span.w_in.unbind(), span.w_out.unbind()
@@ -86,10 +102,14 @@ def backward(
         z = linear(x_RH[rows], w_in_S[seat], span.b_in, seat, z_scratch[:count]) if recompute else z_RF[rows]
         grad = grad_RH[rows]
         grad_a = torch.mm(grad, w_out_S[seat], out=a_scratch[:count])
+        factor, grad_factor = (None if f is None else f[rows] for f in (factor_R, out_factor))
         if activation is swiglu:
-            a, grad_z = swiglu_backward(grad_a, z, out=grad_a, out_grad=grad_z_scratch[:count])
+            places = {"out": grad_a, "out_grad": grad_z_scratch[:count], "out_factor": grad_factor}
+            a, grad_z = swiglu_backward(grad_a, z, factor, **places)
         else:
-            a, grad_z = activation_backward(activation, grad_a, z)
+            a, grad_z = activation_backward(activation, grad_a, z, factor, out_factor=grad_factor)
+        if grad_factor is not None and span.b_out is not None:
+            grad_factor += wide_dots(grad, span.b_out[seat])
         if grad_x_RH is not None:
             torch.mm(grad_z, w_in_S[seat], out=grad_x_RH[rows])
         grad_w_in, grad_w_out, grad_b_in, grad_b_out = (None if g is None else g[seat] for g in grads)
@@ -100,7 +120,7 @@ def backward(
         if grad_b_in is not None:
             grad_b_in.copy_(wide_sum(grad_z))
         if grad_b_out is not None:
-            grad_b_out.copy_(wide_sum(grad))
+            grad_b_out.copy_(wide_sum(grad, factor))
     return [grad_x_RH, *grads]
 
 
@@ -130,25 +150,55 @@ def prepare_backward(
 
 
 def linear(
-    x_RA: torch.Tensor, w_BA: torch.Tensor, b_SB: torch.Tensor | None, seat: int, out: torch.Tensor
+    x_RA: torch.Tensor,
+    w_BA: torch.Tensor,
+    b_SB: torch.Tensor | None,
+    seat: int,
+    out: torch.Tensor,
+    factor_R: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x · wᵀ (+ the seat's bias) into `out`."""
+    """x · wᵀ (+ the seat's bias, times the row's factor) into `out`."""
     if b_SB is None:
         return torch.mm(x_RA, w_BA.t(), out=out)
+    if factor_R is not None:
+        return torch.mm(x_RA, w_BA.t(), out=out).add_(factor_R[:, None] * b_SB[seat])
     return torch.addmm(b_SB[seat], x_RA, w_BA.t(), out=out)
 
 
+def scaled(a_RI: torch.Tensor, factor_R: torch.Tensor | None) -> torch.Tensor:
+    """Each row times its factor, in the dtype of the rows."""
+    return a_RI if factor_R is None else (a_RI * factor_R[:, None]).to(a_RI.dtype)
+
+
 def activation_backward(
-    activation: Activation, grad_RI: torch.Tensor, z_RF: torch.Tensor
+    activation: Activation,
+    grad_RI: torch.Tensor,
+    z_RF: torch.Tensor,
+    factor_R: torch.Tensor | None = None,
+    *,
+    out_factor: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the activation again, the gradient of z) of any differentiable activation."""
+    """`swiglu_backward` of any differentiable activation -> (the scaled activation again, the gradient of z)."""
     with torch.enable_grad():
         z_RF = z_RF.detach().requires_grad_()
         a_RI = activation(z_RF)
-        (grad_RF,) = torch.autograd.grad(a_RI, z_RF, grad_RI)
-    return a_RI.detach(), grad_RF
+        (grad_RF,) = torch.autograd.grad(a_RI, z_RF, scaled(grad_RI, factor_R))
+    if out_factor is not None:
+        out_factor.copy_(wide_dots(grad_RI, a_RI.detach()))
+    return scaled(a_RI.detach(), factor_R), grad_RF
 
 
-def wide_sum(grad_RB: torch.Tensor) -> torch.Tensor:
-    """The sum of the rows, in float32 or wider."""
-    return grad_RB.sum(dim=0, dtype=torch.promote_types(grad_RB.dtype, torch.float32))
+def wide_sum(grad_RB: torch.Tensor, factor_R: torch.Tensor | None = None) -> torch.Tensor:
+    """The sum of the rows, each times its factor, in float32 or wider."""
+    grad_RB = grad_RB if factor_R is None else grad_RB * factor_R[:, None]
+    return grad_RB.sum(dim=0, dtype=_wide(grad_RB.dtype))
+
+
+def wide_dots(a_RB: torch.Tensor, b_RB: torch.Tensor) -> torch.Tensor:
+    """<a[r], b[r]> `[R]` in float32 or wider; b may be one row for all."""
+    wide = _wide(a_RB.dtype)
+    return (a_RB.to(wide) * b_RB.to(wide)).sum(dim=1)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -26,12 +26,18 @@ def serves(rows: torch.Tensor, span: Span, activation: Activation) -> bool:
 
 
 def forward(
-    x_RH: torch.Tensor, span: Span, activation: Activation, *, keep_z: bool, out: torch.Tensor | None
+    x_RH: torch.Tensor,
+    span: Span,
+    activation: Activation,
+    *,
+    keep_z: bool,
+    out: torch.Tensor | None,
+    factor_R: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `experts_loop.forward`."""
     out, z_RF = prepare_forward(x_RH, span, keep_z=keep_z, out=out)
     counts_S = torch.tensor(span.counts, dtype=torch.int64)
-    torch.ops.moe_dist.experts_forward(x_RH, span.w_in, span.w_out, counts_S, out, z_RF)
+    torch.ops.moe_dist.experts_forward(x_RH, span.w_in, span.w_out, counts_S, factor_R, out, z_RF)
     return out, z_RF
 
 
@@ -44,9 +50,13 @@ def backward(
     needs: Sequence[bool],
     *,
     out: torch.Tensor | None,
+    factor_R: torch.Tensor | None = None,
+    out_factor: torch.Tensor | None = None,
 ) -> list[torch.Tensor | None]:
     """As `experts_loop.backward`."""
     done = prepare_backward(grad_RH, span, needs, out)
     counts_S = torch.tensor(span.counts, dtype=torch.int64)
-    torch.ops.moe_dist.experts_backward(grad_RH, x_RH, z_RF, span.w_in, span.w_out, counts_S, *done[:3])
+    torch.ops.moe_dist.experts_backward(
+        grad_RH, x_RH, z_RF, span.w_in, span.w_out, counts_S, factor_R, *done[:3], out_factor
+    )
     return done
