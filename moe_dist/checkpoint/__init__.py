@@ -1,5 +1,6 @@
 """Checkpoints keyed by parameter name and global expert id: written by all ranks, read at any other number of them."""
 
+from moe_dist.checkpoint.background import BackgroundSave
 from moe_dist.checkpoint.best import best_step, mark_best
 from moe_dist.checkpoint.errors import CheckpointError, NoSpaceError
 from moe_dist.checkpoint.fingerprint import fingerprint
@@ -15,6 +16,7 @@ from moe_dist.checkpoint.writer import save
 __all__ = [
     "NOT_EXPERT",
     "SINGLE",
+    "BackgroundSave",
     "Checkpoint",
     "CheckpointError",
     "Entry",

@@ -26,12 +26,14 @@ def is_pinned(path: Path) -> bool:
     return (path / PINNED).exists()
 
 
-def prune(root: str | Path, *, keep: int, group: Group = SINGLE) -> list[str]:
+def prune(root: str | Path, *, keep: int, whole: str | None = None, group: Group = SINGLE) -> list[str]:
     """Collective: remove complete checkpoints but the `keep` newest, the pinned and the best; returns what was removed.
 
     Before anything goes, one of the newest is read back in full (the files shared out over the ranks) and has to be
     whole; if none is, the search goes on into the older ones and the first whole one stays too. Folders that are not
     complete are left for their owner to look at, and nothing is removed while a save is under way.
+
+    whole: the name of a checkpoint that has been read back already, so that none has to be.
     """
     assert keep >= 1, keep
     root = Path(root)
@@ -40,7 +42,8 @@ def prune(root: str | Path, *, keep: int, group: Group = SINGLE) -> list[str]:
     doomed = [name for name in newest_first[keep:] if name not in spared]
     if not doomed:
         return []
-    whole = next((name for name in newest_first if verify(root / name, group=group).ok), None)
+    if whole not in newest_first:
+        whole = next((name for name in newest_first if verify(root / name, group=group).ok), None)
     if whole is None:
         return []
     doomed = [name for name in doomed if name != whole]

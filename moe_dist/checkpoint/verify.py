@@ -135,12 +135,17 @@ def _check_contents(path: Path, manifest: Manifest, group: Group, damaged: set[s
     return problems
 
 
-def _hash_problem(path: Path, manifest: Manifest, name: str) -> str | None:
+def file_sha256(path: Path) -> str:
+    """Of all that the file holds now. OSError as the system raises it."""
     digest = hashlib.sha256()
-    with open(path / name, "rb") as file:
+    with open(path, "rb") as file:
         while chunk := file.read(_READ_BYTES):
             digest.update(chunk)
-    found = digest.hexdigest()
+    return digest.hexdigest()
+
+
+def _hash_problem(path: Path, manifest: Manifest, name: str) -> str | None:
+    found = file_sha256(path / name)
     if found == manifest.files[name].sha256:
         return None
     owner = next((other for other, record in manifest.files.items() if record.sha256 == found), None)

@@ -12,7 +12,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,17 +75,60 @@ def save(
     A folder of the same step is replaced. Raises CheckpointError (NoSpaceError: disk full) on every rank alike, with
     nothing of this step left behind and older checkpoints untouched.
     """
+    begun = begin(
+        root,
+        step,
+        fragments,
+        trainer_state,
+        catalogue=catalogue,
+        frozen=frozen,
+        group=group,
+        visible_within_s=visible_within_s,
+    )
+    return finish(begun, begun.write)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A save whose folder is there and whose files are laid out. `write` is this rank's own, and no collective."""
+
+    task: _Save
+    folder: Path
+    needed: int
+
+    def write(self) -> dict[str, FileRecord]:
+        """Stream this rank's two files; their sizes and hashes."""
+        return self.task.write(self.folder, self.needed)
+
+
+def begin(
+    root: str | Path,
+    step: int,
+    fragments: Mapping[str, Sequence[Fragment]],
+    trainer_state: Mapping[str, Any],
+    *,
+    catalogue: Mapping[str, TensorInfo],
+    frozen: FrozenBase | None = None,
+    group: Group = SINGLE,
+    visible_within_s: float = 60.0,
+) -> Begun:
+    """Collective: the first half of `save`, up to where bytes are written. Arguments and errors are those of `save`."""
     assert step >= 0, step
     task = _Save(Path(root), step, fragments, trainer_state, catalogue, frozen, group, visible_within_s)
-    what = f"checkpoint step {step} was not saved"
-    lead = group.rank == 0
-
-    outlines = all_or_none(group, task.prepare, what=what)
+    outlines = all_or_none(group, task.prepare, what=_not_saved(step))
     needed = sum(size for size, _ in outlines)
-    opened = all_or_none(group, lambda: task.open_folder(needed, outlines) if lead else None, what=what)
-    folder = Path(opened[0])
+    opened = all_or_none(
+        group, lambda: task.open_folder(needed, outlines) if group.rank == 0 else None, what=_not_saved(step)
+    )
+    return Begun(task, Path(opened[0]), needed)
+
+
+def finish(begun: Begun, write: Callable[[], dict[str, FileRecord]]) -> Path:
+    """Collective: the second half of `save`. `write` is `begun.write`, or gives what that has given elsewhere."""
+    task, folder, needed = begun.task, begun.folder, begun.needed
+    group, lead, what = task.group, task.group.rank == 0, _not_saved(task.step)
     try:
-        written = all_or_none(group, lambda: task.write(folder, needed), what=what)
+        written = all_or_none(group, write, what=what)
         final = all_or_none(group, lambda: task.commit(folder, needed, written) if lead else None, what=what)[0]
     except CheckpointError:
         if lead:
@@ -95,9 +138,13 @@ def save(
     all_or_none(
         group,
         lambda: point_latest(task.root, final) if lead else None,
-        what=f"checkpoint step {step} is saved, but `latest` could not be moved to it",
+        what=f"checkpoint step {task.step} is saved, but `latest` could not be moved to it",
     )
     return task.root / final
+
+
+def _not_saved(step: int) -> str:
+    return f"checkpoint step {step} was not saved"
 
 
 @dataclass

@@ -216,6 +216,17 @@ class CheckpointSection:
     every: int = key(0, "Steps between checkpoints; 0 = none but the last.", low=0, free=True)
     keep: int = key(2, "Newest checkpoints that are kept.", low=1, free=True)
     save_last: bool = key(True, "Save after the last step.", free=True)
+    background: bool = key(
+        False,
+        "Write while training goes on; takes this rank's weights, masters and moments once more in host memory.",
+        free=True,
+    )
+    on_error: str = key(
+        "stop",
+        "A checkpoint that cannot be saved (disk full, say) stops the run, or is left out; the last one always stops.",
+        choices=("stop", "continue"),
+        free=True,
+    )
     keep_best: bool = key(
         False,
         "Save and keep the model with the lowest held-out loss (mean over the domains); needs train.eval_every.",

@@ -61,6 +61,12 @@ class TrainData:
             collate([self._padding if at is None else self._rows[at[0]][at[1]] for at in share]) for share in shares
         ]
 
+    def drawn(self, state: dict, size: int, *, micro_batch: int) -> list[list[tuple[str, int]]]:
+        """What `next_batch(size, ...)` gives out after `state`: (source, row) of each row of each micro-batch, those of
+        all ranks; number a·D + r is micro-batch a of rank r of D. Moves nothing."""
+        rows = [(self.names[source], row) for source, row in self.sampler.batch_at(state["position"], size)]
+        return [rows[start : start + micro_batch] for start in range(0, size, micro_batch)]
+
     def state_dict(self) -> dict:
         """Seed, position and fingerprint: integers and a string, the same on every rank."""
         return self.sampler.state_dict()

@@ -27,6 +27,7 @@ class Best:
         self.keeps = config.checkpoint.keep_best
         self.step: int | None = None
         self.loss = math.inf
+        self._before: tuple[int | None, float] = None, math.inf
         self._every, self._end = config.train.eval_every, config.train.steps
         # Losses over other text are not to be compared with.
         held_out = {name: domain.rows.meta["identity"] for name, domain in domains.items()}
@@ -41,8 +42,14 @@ class Best:
         mean = self.group.gather(sum(domain["loss"] for domain in results.values()) / len(results))[0]
         better = math.isfinite(mean) and mean < self.loss
         if better:
+            self._before = self.step, self.loss
             self.step, self.loss = step, mean
         return better
+
+    def forget(self, step: int) -> None:
+        """The model of that step could not be saved: if it was the best, the one before it is again."""
+        if self.step == step:
+            self.step, self.loss = self._before
 
     def state(self) -> dict | None:
         """What a checkpoint keeps of it."""

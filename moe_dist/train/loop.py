@@ -24,7 +24,9 @@ from moe_dist.train.losses import count_labels, label_loss_sum
 from moe_dist.train.metrics import MetricLog
 from moe_dist.train.proof import ChangeProof
 from moe_dist.train.routing import Routing
+from moe_dist.train.saving import Saver
 from moe_dist.train.schedule import learning_rate
+from moe_dist.train.skipped import suspects
 from moe_dist.train.start import on_rank_zero, start_ranks
 from moe_dist.train.stop import StopFlag
 from moe_dist.train.table import record, render
@@ -116,20 +118,7 @@ def train(config: RunConfig, *, resume: str = "auto", overwrite: bool = False) -
             log.write("eval", step, domains=results, **({"expert_names": list(named)} if named else {}))
         return results
 
-    def save() -> None:
-        path = state.save(
-            config,
-            folder / run_folder.CHECKPOINTS,
-            step,
-            engine,
-            plan,
-            grid,
-            sampler=data.train.state_dict(),
-            tokens=tokens,
-            best=best,
-        )
-        log.say(f"saved {path}")
-
+    saver = Saver(config, engine, plan, grid, best=best, log=log)
     proof = ChangeProof(engine, grid) if step < last else None
     skips_in_a_row, saved_at, evaluated_at, code = 0, step, None, EXIT_OK
     routing_window = -(-settings.steps // ROUTING_WINDOWS)
@@ -145,7 +134,8 @@ def train(config: RunConfig, *, resume: str = "auto", overwrite: bool = False) -
                 micro_batch=settings.micro_batch_size,
             )
             batches = [to_device(batch, device) for batch in batches]
-            labels, real_tokens, asked_to_stop = agree(batches, stop.requested, grid)
+            labels, real_tokens, asked_to_stop, votes = agree(batches, stop.requested, saver.vote(), grid)
+            saver.look(votes)
             if asked_to_stop:
                 data.train.load_state_dict(before)  # these rows have not been trained on
                 code = EXIT_PREEMPTED
@@ -154,10 +144,12 @@ def train(config: RunConfig, *, resume: str = "auto", overwrite: bool = False) -
             torch.manual_seed((config.run.seed * 1_000_003 + step) * 65_537 + grid.rank)
             routing.start_step()
             loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+            finite = []
             for batch in batches:
                 with routing.listening():
                     loss = label_loss_sum(forward(batch), batch["labels"])
                 loss_sum += loss.detach()
+                finite.append(loss.detach().isfinite())
                 engine.backward(loss / max(labels, 1) + routing.loss_share(batch) / micro_batches)
             lr = learning_rate(
                 settings.schedule,
@@ -176,8 +168,12 @@ def train(config: RunConfig, *, resume: str = "auto", overwrite: bool = False) -
             skips_in_a_row = skips_in_a_row + 1 if result.skipped else 0
             if result.skipped:
                 log.say(f"step {step} skipped on all ranks: a loss or a gradient is not finite")
-                log.write("skipped", step, grad_norm=result.grad_norm)
+                rows = data.train.drawn(
+                    before, len(batches) * settings.micro_batch_size * grid.data, micro_batch=settings.micro_batch_size
+                )
+                log.write("skipped", step, grad_norm=result.grad_norm, batches=suspects(finite, rows, grid))
                 if settings.nan_policy == "stop" or skips_in_a_row > settings.max_skips:
+                    saver.settle()
                     raise PolicyStop(
                         f"{skips_in_a_row} step(s) in a row up to step {step} had a loss or gradient that is not "
                         "finite. Saved checkpoints are untouched. Look at the data of these steps, lower train.lr, "
@@ -213,17 +209,19 @@ def train(config: RunConfig, *, resume: str = "auto", overwrite: bool = False) -
             due = bool(config.checkpoint.every) and step % config.checkpoint.every == 0
             # At the end the model is saved before it is evaluated, unless that decides which one is kept.
             if best.counts(step) or (settings.eval_every and step % settings.eval_every == 0 and step < last):
+                if best.counts(step):
+                    saver.settle()  # what is judged is compared with what has been saved
                 results, evaluated_at = evaluate(), step
                 if best.counts(step) and best.judge(step, results):
                     log.say(f"step {step}  the lowest held-out loss so far: {best.loss:.4f}")
                     due = True
-            if due:
-                save()
+            if due and saver.save(step, sampler=data.train.state_dict(), tokens=tokens, last=step == last):
                 saved_at = step
         if routing.window_steps:
             log.write("experts", step, **routing.window())
+        saver.settle(last=step == saved_at)
         if step != saved_at and (code == EXIT_PREEMPTED or config.checkpoint.save_last):
-            save()
+            saver.save(step, sampler=data.train.state_dict(), tokens=tokens, last=True)
     if code == EXIT_PREEMPTED:
         if grid.rank == 0:
             stop_file.unlink(missing_ok=True)  # the next start is not meant
@@ -239,15 +237,16 @@ def to_device(batch: dict, device: torch.device) -> dict:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def agree(batches: list[dict], stop: bool, grid: Grid) -> tuple[int, int, bool]:
-    """Label tokens and real tokens of the step over all ranks, and whether any rank was asked to stop. Collective."""
+def agree(batches: list[dict], stop: bool, votes: int, grid: Grid) -> tuple[int, int, bool, int]:
+    """Over all ranks: label tokens and real tokens of the step, whether any was asked to stop, and the sum of `votes`.
+    Collective."""
     labels = sum(count_labels(batch["labels"]) for batch in batches)
     real = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    total = torch.tensor([labels, real, int(stop)], device=grid.device)
+    total = torch.tensor([labels, real, int(stop), votes], device=grid.device)
     if grid.world > 1:
         dist.all_reduce(total)
-    labels, real, stops = total.tolist()
-    return labels, real, stops > 0
+    labels, real, stops, votes = total.tolist()
+    return labels, real, stops > 0, votes
 
 
 def global_mean(loss_sum: torch.Tensor, labels: int, grid: Grid) -> float:

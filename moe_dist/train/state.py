@@ -72,9 +72,9 @@ def stored_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def save(
-    config: RunConfig,
     root: Path,
     step: int,
+    config: RunConfig,
     engine: Engine,
     plan: ModelPlan,
     grid: Grid,
@@ -83,15 +83,30 @@ def save(
     tokens: int,
     best: Best | None = None,
 ) -> Path:
-    """Write `root/step-<step>`, each rank what it owns, and drop older ones beyond `checkpoint.keep`. Collective.
+    """Write `root/step-<step>`, each rank what it owns, and drop older ones beyond `checkpoint.keep`. Collective."""
+    saved = contents(step, config, engine, plan, grid, sampler=sampler, tokens=tokens, best=best)
+    path = checkpoint.save(root, step, group=group_of(grid), **saved)
+    tidy(config, root, grid, best=None if best is None else best.step)
+    return path
 
-    `best` is moved once the new checkpoint is complete and before the old ones go: what it says is always there.
-    """
+
+def contents(
+    step: int,
+    config: RunConfig,
+    engine: Engine,
+    plan: ModelPlan,
+    grid: Grid,
+    *,
+    sampler: dict,
+    tokens: int,
+    best: Best | None = None,
+) -> dict:
+    """What a checkpoint of this run holds, as arguments of `checkpoint.save`; its tensors are views of the engine's."""
     fragments: dict[str, Sequence[Fragment]] = {kind: list(engine.fragments(kind)) for kind in KINDS}
     # Every rank holds the same buffers; rank 0 writes them.
     buffers = stored_buffers(engine.module) if grid.rank == 0 else ()
     fragments[BUFFERS] = [Fragment(name, NOT_EXPERT, 0, buffer.reshape(-1)) for name, buffer in buffers]
-    state = {
+    trainer_state = {
         "step": step,
         "adam_step": engine.adam_step,
         "sampler": sampler,
@@ -99,14 +114,22 @@ def save(
         "best": None if best is None else best.state(),
         "config": to_dict(config),
     }
-    group = group_of(grid)
-    path = checkpoint.save(
-        root, step, fragments, state, catalogue=catalogue(plan), frozen=_base(engine, plan, grid), group=group
-    )
-    if best is not None and best.keeps:
-        checkpoint.mark_best(root, best.step, group=group)
-    checkpoint.prune(root, keep=config.checkpoint.keep, group=group)
-    return path
+    return {
+        "fragments": fragments,
+        "trainer_state": trainer_state,
+        "catalogue": catalogue(plan),
+        "frozen": _base(engine, plan, grid),
+    }
+
+
+def tidy(config: RunConfig, root: Path, grid: Grid, *, best: int | None, whole: str | None = None) -> None:
+    """Make `best` name its step and drop what `checkpoint.keep` does not want. Collective.
+
+    After a save, in this order: what `best` says is always there. whole: a checkpoint that has been read back already.
+    """
+    if config.checkpoint.keep_best and best is not None:
+        checkpoint.mark_best(root, best, group=group_of(grid))
+    checkpoint.prune(root, keep=config.checkpoint.keep, whole=whole, group=group_of(grid))
 
 
 def _base(engine: Engine, plan: ModelPlan, grid: Grid) -> FrozenBase | None:

@@ -16,7 +16,18 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from moe_dist.checkpoint import TorchGroup, find_latest, folders, open_checkpoint, save, tensorfile, verify, writer
+from moe_dist.checkpoint import (
+    BackgroundSave,
+    TorchGroup,
+    background,
+    find_latest,
+    folders,
+    open_checkpoint,
+    save,
+    tensorfile,
+    verify,
+    writer,
+)
 from tests.checkpoint.worlds import World, catalogue, loaded, saved, truth
 
 WORLD = World(2, 1)
@@ -56,8 +67,11 @@ ANY_RANK = {
     "before the index": Death(writer, "write_stream"),
     "after the files": Death(writer, "sync_folder"),
 }
-CASES = [(where, death, 0) for where, death in {**RANK_0, **ANY_RANK}.items()]
-CASES += [(where, death, 1) for where, death in ANY_RANK.items()]
+BACKGROUND = {"before the commit": Death(background, "finish")}
+AT_ONCE, LATER = "at once", "in the background"
+CASES = [(where, 0, how) for where in RANK_0 | ANY_RANK for how in (AT_ONCE, LATER)]
+CASES += [(where, 1, how) for where in ANY_RANK for how in (AT_ONCE, LATER)]
+CASES += [(where, rank, LATER) for where in BACKGROUND for rank in (0, 1)]
 
 
 def arm(death: Death) -> None:
@@ -71,15 +85,18 @@ def arm(death: Death) -> None:
     setattr(death.module, death.name, wrapper)
 
 
-def two_saves(rank: int, root: str, store: str, where: str, victim: int) -> None:
+def two_saves(rank: int, root: str, store: str, where: str, victim: int, how: str) -> None:
     timeout = datetime.timedelta(seconds=GROUP_TIMEOUT_S)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timeout)
     group = TorchGroup()
-    death = {**RANK_0, **ANY_RANK}[where]
+    death = (RANK_0 | ANY_RANK | BACKGROUND)[where]
 
     def at(step: int) -> None:
         pieces = WORLD.fragments(rank, truth(step))
-        save(root, step, pieces, {"step": step}, catalogue=catalogue(), group=group)
+        if how == AT_ONCE:
+            save(root, step, pieces, {"step": step}, catalogue=catalogue(), group=group)
+        else:
+            BackgroundSave(root, step, pieces, {"step": step}, catalogue=catalogue(), group=group).commit()
 
     at(1)
     if death.again:
@@ -96,11 +113,12 @@ def fork():
     return context
 
 
-@pytest.mark.parametrize(("where", "death", "victim"), CASES, ids=[f"{w}-rank{v}" for w, _, v in CASES])
-def test_fault_01_kill_in_a_save(tmp_path, fork, where, death, victim):
+@pytest.mark.parametrize(("where", "victim", "how"), CASES, ids=[f"{w}-rank{v}-{how}" for w, v, how in CASES])
+def test_fault_01_kill_in_a_save(tmp_path, fork, where, victim, how):
+    death = (RANK_0 | ANY_RANK | BACKGROUND)[where]
     root = tmp_path / "checkpoints"
     processes = [
-        fork.Process(target=two_saves, args=(rank, str(root), str(tmp_path / "store"), where, victim))
+        fork.Process(target=two_saves, args=(rank, str(root), str(tmp_path / "store"), where, victim, how))
         for rank in (0, 1)
     ]
     for process in processes:

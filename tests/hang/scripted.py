@@ -39,6 +39,10 @@ class Script:
         count = size // (ranks * micro_batch)
         return [self._batch(micro_batch, seed=(self.position * 7 + rank) * 7 + number) for number in range(count)]
 
+    def drawn(self, state: dict, size: int, *, micro_batch: int) -> list[list[tuple[str, int]]]:
+        rows = [("script", state["position"] * size + number) for number in range(size)]
+        return [rows[start : start + micro_batch] for start in range(0, size, micro_batch)]
+
     def _batch(self, rows: int, seed: int) -> dict[str, torch.Tensor]:
         real = LENGTH
         if self.kind == PADDING or (self.kind == RANK_PADDING and self.rank == 0):

@@ -115,7 +115,7 @@ def carry_over(tree: dict, source: Path, root: Path) -> None:
     with checkpoint.open_checkpoint(source) as opened:
         state.restore(opened, engine, plan)
         kept = opened.trainer_state
-        state.save(config, root, opened.step, engine, plan, grid, sampler=kept["sampler"], tokens=kept["tokens"])
+        state.save(root, opened.step, config, engine, plan, grid, sampler=kept["sampler"], tokens=kept["tokens"])
     engine.close()
 
 
