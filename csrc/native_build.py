@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension
@@ -63,25 +64,27 @@ class NativeBuild(build_ext):
         return f"built C++ kernels; {cuda}"
 
     def _compile_cuda(self, extension, wish):
-        """Compile the .cu file and add it to the extension -> what came of it."""
+        """Compile the .cu files and add them to the extension -> what came of it."""
         if wish == "0":
             return "no CUDA kernels: MOE_DIST_CUDA=0"
         try:
             nvcc = _find_nvcc()
             architectures = _architectures(nvcc)
-            target = Path(self.build_temp) / "permute_cuda.o"
-            target.parent.mkdir(parents=True, exist_ok=True)
+            folder = Path(self.build_temp)
+            folder.mkdir(parents=True, exist_ok=True)
             codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
             # and PTX of the last, for devices that come after it
             codes.append("-gencode=arch=compute_{0},code=compute_{0}".format(architectures[-1]))
-            flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0"]
-            command = [nvcc, *flags, *codes, "-c", str(SOURCES / "permute_cuda.cu"), "-o", str(target)]
-            _run(command)
+            flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+            targets = {path: str(folder / f"{path.stem}.o") for path in sorted(SOURCES.glob("*.cu"))}
+            commands = [[nvcc, *flags, *codes, "-c", str(path), "-o", target] for path, target in targets.items()]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(_run, commands))
         except Exception as error:
             if wish == "1":
                 raise CudaRequired(f"MOE_DIST_CUDA=1, but {_first_line(error)}") from error
             return f"no CUDA kernels: {_first_line(error)}"
-        extension.extra_objects = [str(target)]
+        extension.extra_objects = list(targets.values())
         extension.extra_compile_args = [*extension.extra_compile_args, "-DMOE_DIST_CUDA"]
         extension.library_dirs = [*extension.library_dirs, *_library_dirs(nvcc)]
         extension.libraries = ["cudart_static", "dl", "rt", "pthread"]

@@ -1,7 +1,8 @@
 """The CUDA kernels' own source, compiled by the C++ compiler and run on the CPU (cuda_on_cpu/), against plain torch.
 
 What this shows: indices, sums, the order of the sort, nothing written out of bounds, no misaligned wide access (the
-compiler plants a trap for each). What it cannot: races between warps, and speed.
+compiler plants a trap for each), and no barrier missing where running the threads forwards and backwards differs. What
+it cannot: races within a statement, and speed.
 """
 
 import ctypes
@@ -20,7 +21,7 @@ GUARD = 64  # elements after each output that must stay as they are
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
+def library(tmp_path_factory):
     compiler = shutil.which("g++")
     if not compiler or not (ROOT / "csrc" / "permute_cuda.cu").exists():
         pytest.skip("needs g++ and the sources")
@@ -41,6 +42,13 @@ def kernels(tmp_path_factory):
     library.row_map_scratch.restype = ctypes.c_int64
     for name in ("row_map", "permute", "unpermute", "unpermute_backward"):
         getattr(library, name).restype = ctypes.c_char_p
+    return library
+
+
+@pytest.fixture(params=["forwards", "backwards"])
+def kernels(library, request):
+    """The library, with threads, warps and blocks that take turns in one order or the other."""
+    library.set_reverse(ctypes.c_int64(request.param == "backwards"))
     return library
 
 
@@ -107,24 +115,32 @@ def test_row_map(kernels, routing, dtype):
     assert torch.equal(slot_of_row[: len(want_slot_of_row)], want_slot_of_row)
 
 
-def test_row_map_of_many_experts_and_chunks(kernels):
-    """3,000 experts: fewer warps fit their counters into a block's shared memory. 5,001 slots: several chunks."""
-    ids_TK = torch.randint(-1, 3000, (5001, 1), generator=torch.Generator().manual_seed(0))
-    error, (counts, row_of_slot, _, _, _) = run_row_map(kernels, ids_TK, 3000)
-    want_counts, want_row_of_slot, _ = reference.row_map(ids_TK, 3000)
+@pytest.mark.parametrize(("slots", "experts"), [(4096, 6), (4097, 6), (5001, 3000), (4500, 8192), (140_000, 70)])
+def test_row_map_of_several_tiles(kernels, slots, experts):
+    """One launch and two; fewer warps where more experts have to fit into a block's shared memory; 1,024 and more
+    slots a tile."""
+    ids_TK = torch.randint(-1, experts, (slots, 1), generator=torch.Generator().manual_seed(0))
+    error, (counts, row_of_slot, slot_of_row, status, _) = run_row_map(kernels, ids_TK, experts)
+    want_counts, want_row_of_slot, want_slot_of_row = reference.row_map(ids_TK, experts)
     assert error is None
+    assert status.tolist() == [len(want_slot_of_row), -1]
     assert torch.equal(counts, want_counts)
     assert torch.equal(row_of_slot, want_row_of_slot)
+    assert torch.equal(slot_of_row[: len(want_slot_of_row)], want_slot_of_row)
 
 
-def test_row_map_reports_wrong_ids_and_stops_on_broken_promises(kernels):
-    ids_TK = torch.tensor([[0, 1], [2, 9]])
+@pytest.mark.parametrize("tokens", [2, 3000])
+def test_row_map_reports_wrong_ids_and_stops_on_broken_promises(kernels, tokens):
+    ids_TK = torch.zeros(tokens, 2, dtype=torch.int64)
+    ids_TK[1, 1], ids_TK[0, 1] = 2**40, 9
     error, (_, _, _, status, _) = run_row_map(kernels, ids_TK, 4)
     assert error is None
-    assert int(status[1]) == 9
-    assert run_row_map(kernels, ids_TK, 4, expected=4)[0] == b"the device stopped"
-    assert run_row_map(kernels, ids_TK, 16, expected=3)[0] == b"the device stopped"
-    assert run_row_map(kernels, ids_TK, 16, expected=4)[0] is None
+    assert int(status[1]) == 2**40
+    for kept in (2 * tokens, 2 * tokens - 2):
+        assert run_row_map(kernels, ids_TK, 4, expected=kept)[0] == b"the device stopped"
+    ids_TK[1, 1] = -1
+    assert run_row_map(kernels, ids_TK, 16, expected=2 * tokens)[0] == b"the device stopped"
+    assert run_row_map(kernels, ids_TK, 16, expected=2 * tokens - 1)[0] is None
 
 
 @pytest.mark.parametrize("routing", ["plain", "no tokens", "one hot expert", "dropped slots", "all dropped"])

@@ -1,11 +1,14 @@
 // Stands in for CUDA's header, so that a plain C++ compiler compiles the kernels and runs them on the CPU.
 //
-// A block's threads are fibers on one CPU thread. A fiber runs until it waits for its warp or ends; it goes on when
-// every living fiber of its warp waits too. That is what the warp intrinsics promise, and all that the kernels use.
+// A block's threads are fibers on one CPU thread. A fiber runs until it waits for its warp or its block, or ends; it
+// goes on when every living fiber of the warp, or of the block, waits too. Between two such waits threads and warps run
+// one after the other, in order or in reverse (`set_reverse`): what depends on that order lacks a barrier.
 #pragma once
 
 #include <ucontext.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -16,6 +19,18 @@
 #define __global__
 #define __device__
 #define __host__
+#define __shared__ static
+#define __launch_bounds__(...)
+
+using std::max;
+using std::min;
+
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 
 struct dim3 {
   unsigned x, y, z;
@@ -36,7 +51,7 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   dim3 thread;
-  bool done = false, waiting = false;
+  bool done = false, at_barrier = false;
 };
 
 inline ucontext_t scheduler;
@@ -46,9 +61,14 @@ inline std::vector<int64_t> shared;
 inline std::function<void()> body;
 inline unsigned current = 0;
 inline bool trapped = false;
+inline bool reverse = false;
 
 inline void wait_for_warp() {
-  block[current].waiting = true;
+  swapcontext(&block[current].context, &scheduler);
+}
+
+inline void wait_for_block() {
+  block[current].at_barrier = true;
   swapcontext(&block[current].context, &scheduler);
 }
 
@@ -60,6 +80,21 @@ inline void finish() {
 inline void enter() {
   body();
   finish();
+}
+
+// Runs the warp's fibers until each has ended or waits for the block.
+inline void run_warp(unsigned first) {
+  const unsigned size = std::min<size_t>(kWarp, block.size() - first);
+  for (bool alive = true; alive;) {
+    alive = false;
+    for (unsigned i = 0; i < size; ++i) {
+      current = first + (reverse ? size - 1 - i : i);
+      if (block[current].done || block[current].at_barrier) continue;
+      alive = true;
+      threadIdx = block[current].thread;
+      swapcontext(&scheduler, &block[current].context);
+    }
+  }
 }
 
 inline void run_block() {
@@ -76,16 +111,13 @@ inline void run_block() {
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, enter, 0);
   }
-  for (unsigned first = 0; first < block.size(); first += kWarp) {  // no kernel waits for another warp
-    for (bool alive = true; alive;) {
-      alive = false;
-      for (current = first; current < first + kWarp && current < block.size(); ++current) {
-        if (block[current].done) continue;
-        alive = true;
-        block[current].waiting = false;
-        threadIdx = block[current].thread;
-        swapcontext(&scheduler, &block[current].context);
-      }
+  for (bool alive = true; alive;) {
+    const unsigned warps = (block.size() + kWarp - 1) / kWarp;
+    for (unsigned w = 0; w < warps; ++w) run_warp((reverse ? warps - 1 - w : w) * kWarp);
+    alive = false;
+    for (Fiber& fiber : block) {
+      alive |= fiber.at_barrier;
+      fiber.at_barrier = false;
     }
   }
 }
@@ -94,8 +126,9 @@ inline void launch(dim3 grid, dim3 threads, size_t shared_bytes, std::function<v
   body = std::move(kernel);
   gridDim = grid;
   blockDim = threads;
-  for (unsigned b = 0; b < grid.x; ++b) {
-    blockIdx = dim3(b);
+  for (unsigned b = 0; b < grid.x * grid.y; ++b) {
+    const unsigned place = reverse ? grid.x * grid.y - 1 - b : b;
+    blockIdx = dim3(place % grid.x, place / grid.x);
     shared.assign(shared_bytes / sizeof(int64_t) + 1, -1);  // not zero: a kernel has to clear what it counts in
     run_block();
   }
@@ -126,6 +159,10 @@ inline void __syncwarp() {
   fibers::wait_for_warp();
 }
 
+inline void __syncthreads() {
+  fibers::wait_for_block();
+}
+
 template <class T>
 T __shfl_sync(unsigned, T value, int from) {
   return fibers::swap_words(value, from);
@@ -151,6 +188,33 @@ inline unsigned __match_any_sync(unsigned, int value) {
   }
   fibers::wait_for_warp();
   return same;
+}
+
+template <class T>
+T __ldcs(const T* address) {
+  return *address;
+}
+
+template <class T>
+T atomicAdd(T* address, T value) {
+  const T before = *address;
+  *address += value;
+  return before;
+}
+
+template <class T>
+T atomicMax(T* address, T value) {
+  const T before = *address;
+  *address = std::max(before, value);
+  return before;
+}
+
+inline float __expf(float x) {
+  return expf(x);
+}
+
+inline float __fdividef(float x, float y) {
+  return x / y;
 }
 
 inline int __popc(unsigned bits) {

@@ -1,9 +1,16 @@
 // The CUDA kernels compiled by the C++ compiler, behind C functions for ctypes.
 #include "permute_cuda.cu"
+#include "row_map_cuda.cu"
+#include "unpermute_cuda.cu"
 
 using namespace moe_dist;
 
 extern "C" {
+
+// The order in which blocks, warps and threads run.
+void set_reverse(int64_t reverse) {
+  fibers::reverse = reverse != 0;
+}
 
 int64_t row_map_scratch(int64_t slots, int64_t num_experts) {
   return cuda::row_map_scratch(slots, num_experts);
