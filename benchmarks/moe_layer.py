@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import gc
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,6 +23,7 @@ import torch.distributed as dist
 from benchmarks import _moe_peers
 from benchmarks._harness import Median, row, run
 from benchmarks._moe_peers import Contender, Problem, Shape
+from benchmarks._ranks import on_ranks
 from moe_dist.ops import native
 from moe_dist.parallel.grid import Grid, build_grid
 
@@ -53,49 +53,19 @@ def collect(full: bool) -> Iterator[dict | str]:
                 implementations.remove("eager")
             peers = [partial(_moe_peers.transformers_experts, problem, which, weights) for which in implementations]
             yield from duel(f"{shape} {name}, 1 process", problem, mine, peers, seconds)
-    yield from two_ranks(seconds)
+    yield from on_ranks(2, two_ranks, seconds)
 
 
 def two_ranks(seconds: float) -> Iterator[dict | str]:
-    """The rows of both ranks' joint work, sent by rank 0 as they come."""
-    context = torch.multiprocessing.get_context("spawn")
-    receive, send = context.Pipe(duplex=False)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    os.environ["OMP_NUM_THREADS"] = "1"  # read by the ranks when they load torch
-    ranks = [context.Process(target=_rank, args=(rank, port, seconds, send), daemon=True) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    del os.environ["OMP_NUM_THREADS"]
-    send.close()
-    try:
-        while (line := receive.recv()) is not None:
-            yield line
-    except EOFError:
-        yield f"No further rows: the ranks ended with {[process.exitcode for process in ranks]}."
-    for process in ranks:
-        process.join()
-
-
-def _rank(rank: int, port: int, seconds: float, rows) -> None:
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
-    os.environ |= dict(zip(names, map(str, (rank, rank, 2, "127.0.0.1", port, "cpu")), strict=True))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    """The rows of two ranks' joint work."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed looks for one
     grid = build_grid(expert=2)
     builders = (_moe_peers.transformers_expert_parallel, _moe_peers.deepspeed_autoep, _moe_peers.deepspeed_native)
     for shape in SHAPES:
         for name, dtype in DTYPES.items():
             problem = Problem(shape, dtype, grid)
             peers = [partial(build, problem) for build in builders]
-            for line in duel(f"{shape} {name}, 2 ranks", problem, _moe_peers.ours(problem), peers, seconds):
-                if rank == 0:
-                    rows.send(line)
-    if rank == 0:
-        rows.send(None)
-    dist.barrier()
-    dist.destroy_process_group()
+            yield from duel(f"{shape} {name}, 2 ranks", problem, _moe_peers.ours(problem), peers, seconds)
 
 
 def duel(
