@@ -85,6 +85,10 @@ void check_same(const Tensor& a, const Tensor& b) {
   STD_TORCH_CHECK(a.scalar_type() == b.scalar_type() && a.size(1) == b.size(1), "input and output differ");
 }
 
+void check_swiglu(const Tensor& z, const Tensor& a) {
+  STD_TORCH_CHECK(z.scalar_type() == a.scalar_type() && z.size(0) == a.size(0) && z.size(1) == 2 * a.size(1), "swiglu");
+}
+
 namespace on_cpu {
 
 void row_map(
@@ -117,19 +121,16 @@ void unpermute_backward(
 }
 
 void swiglu(Tensor z, std::optional<Tensor> factor, Tensor a) {
-  STD_TORCH_CHECK(z.scalar_type() == a.scalar_type() && z.size(0) == a.size(0) && z.size(1) == 2 * a.size(1), "swiglu");
+  check_swiglu(z, a);
   moe_dist::cpu::swiglu(
       dtype_of(z), a.size(0), a.size(1), matrix_of(z), factors_of(factor, a.size(0)), matrix_of(a));
 }
 
 void swiglu_backward(
     Tensor da, Tensor z, std::optional<Tensor> factor, Tensor a, Tensor dz, std::optional<Tensor> dfactor) {
-  check_same(da, a);
+  check_swiglu(z, a);
+  check_swiglu(dz, da);
   check_same(z, dz);
-  STD_TORCH_CHECK(
-      da.scalar_type() == z.scalar_type() && z.size(0) == a.size(0) && da.size(0) == a.size(0) &&
-          dz.size(0) == a.size(0) && z.size(1) == 2 * a.size(1),
-      "swiglu_backward");
   moe_dist::cpu::swiglu_backward(
       dtype_of(z), a.size(0), a.size(1), matrix_of(da), matrix_of(z), factors_of(factor, a.size(0)), matrix_of(a),
       matrix_of(dz), factors_of(dfactor, a.size(0)));
@@ -221,6 +222,24 @@ void unpermute_backward(
       matrix_of(drows), probs_of(dprobs, slots), launch.stream));
 }
 
+void swiglu(Tensor z, std::optional<Tensor> factor, Tensor a) {
+  check_swiglu(z, a);
+  const Launch launch(z);
+  check(moe_dist::cuda::swiglu(
+      dtype_of(z), a.size(0), a.size(1), matrix_of(z), factors_of(factor, a.size(0)), matrix_of(a), launch.stream));
+}
+
+void swiglu_backward(
+    Tensor da, Tensor z, std::optional<Tensor> factor, Tensor a, Tensor dz, std::optional<Tensor> dfactor) {
+  check_swiglu(z, a);
+  check_swiglu(dz, da);
+  check_same(z, dz);
+  const Launch launch(z);
+  check(moe_dist::cuda::swiglu_backward(
+      dtype_of(z), a.size(0), a.size(1), matrix_of(da), matrix_of(z), factors_of(factor, a.size(0)), matrix_of(a),
+      matrix_of(dz), factors_of(dfactor, a.size(0)), launch.stream));
+}
+
 }  // namespace on_cuda
 #endif  // MOE_DIST_CUDA
 
@@ -292,5 +311,7 @@ STABLE_TORCH_LIBRARY_IMPL(moe_dist, CUDA, library) {
   library.impl("permute", TORCH_BOX(&on_cuda::permute));
   library.impl("unpermute", TORCH_BOX(&on_cuda::unpermute));
   library.impl("unpermute_backward", TORCH_BOX(&on_cuda::unpermute_backward));
+  library.impl("swiglu", TORCH_BOX(&on_cuda::swiglu));
+  library.impl("swiglu_backward", TORCH_BOX(&on_cuda::swiglu_backward));
 }
 #endif

@@ -17,4 +17,15 @@ void swiglu_backward(
     float* dfactor);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// The same on a CUDA stream; null, or the message of a failed launch. dfactor has the same bits in every run.
+const char* swiglu(
+    Dtype dtype, int64_t rows, int64_t width, Matrix z, const float* factor, Matrix a, void* stream);
+const char* swiglu_backward(
+    Dtype dtype, int64_t rows, int64_t width, Matrix da, Matrix z, const float* factor, Matrix a, Matrix dz,
+    float* dfactor, void* stream);
+
+}  // namespace cuda
 }  // namespace moe_dist

@@ -1,7 +1,7 @@
 """SwiGLU, silu(gate) · up for z = [gate | up]: the formula, and its two passes without autograd.
 
-The passes take preallocated outputs and run natively for fp32 and bf16 on a CPU: one reading of z, all arithmetic in
-fp32, one rounding. Elsewhere they run in plain torch, in fp32 or wider.
+The passes take preallocated outputs and run natively for fp32 and bf16: one reading of z, all arithmetic in fp32, one
+rounding. Elsewhere they run in plain torch, in fp32 or wider.
 """
 
 from __future__ import annotations
@@ -68,4 +68,5 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _native(z_RF: torch.Tensor) -> bool:
-    return z_RF.device.type == "cpu" and z_RF.dtype in _NATIVE_DTYPES and native.has_cpu()
+    here = native.has_cuda() if z_RF.is_cuda else z_RF.device.type == "cpu" and native.has_cpu()
+    return here and z_RF.dtype in _NATIVE_DTYPES

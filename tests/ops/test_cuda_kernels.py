@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from moe_dist.ops import RowPlan, reference
+from moe_dist.ops.swiglu import swiglu
 from tests.ops.cases import ROUTINGS, draw_ids, relative_error
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +41,7 @@ def library(tmp_path_factory):
     subprocess.run(command, check=True)
     library = ctypes.CDLL(str(target))
     library.row_map_scratch.restype = ctypes.c_int64
-    for name in ("row_map", "permute", "unpermute", "unpermute_backward"):
+    for name in ("row_map", "permute", "unpermute", "unpermute_backward", "swiglu", "swiglu_backward"):
         getattr(library, name).restype = ctypes.c_char_p
     return library
 
@@ -189,3 +190,37 @@ def check_data_movement(kernels, ids_TK, experts, hidden, dtype):
         drows = Output(plan.num_rows, hidden, dtype=dtype)
         assert call(kernels.unpermute_backward, *shape, dy_TH, probs_TK, None, drows.tensor, None) is None
         assert torch.equal(drows.checked(), want[0])
+
+
+# widths: part of a warp, a warp, several warps that share a row, and more packs than threads
+@pytest.mark.parametrize(("rows", "width"), [(0, 8), (5, 1), (3, 7), (70, 24), (9, 100), (6, 576), (2, 2100), (2, 4608)])
+@pytest.mark.parametrize("factored", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swiglu(kernels, rows, width, dtype, factored):
+    generator = torch.Generator().manual_seed(width)
+    padded = 2 * width + (8 if width % 2 == 0 else 0)  # rows of z may lie apart
+    z = (3 * torch.randn(rows, padded, generator=generator)).to(dtype)
+    grad = torch.randn(rows, width, generator=generator).to(dtype)
+    factor = torch.rand(rows, generator=generator) if factored else None
+
+    z_64 = z[:, : 2 * width].double().requires_grad_()
+    factor_64 = torch.ones(rows, dtype=torch.float64) if factor is None else factor.double()
+    want = swiglu(z_64) * factor_64.requires_grad_()[:, None]
+    want_dz, want_dfactor = torch.autograd.grad(want, (z_64, factor_64), grad.double())
+    bound = 2e-7 if dtype == torch.float32 else 2**-8  # bf16: one rounding
+
+    shape = (rows, width, padded, int(dtype == torch.bfloat16))
+    a = Output(rows, width, dtype=dtype)
+    assert call(kernels.swiglu, *shape, z, factor, a.tensor) is None
+    assert relative_error(a.checked(), want) < bound
+
+    for wanted in (False, True):
+        a, dz = Output(rows, width, dtype=dtype), Output(rows, 2 * width, dtype=dtype)
+        a.tensor.copy_(grad)  # the activation may overwrite its gradient
+        dfactor = Output(rows, dtype=torch.float32) if wanted else None
+        arguments = (a.tensor, z, factor, a.tensor, dz.tensor, None if dfactor is None else dfactor.tensor)
+        assert call(kernels.swiglu_backward, *shape, *arguments) is None
+        assert relative_error(a.checked(), want) < bound
+        assert relative_error(dz.checked(), want_dz) < bound
+        if wanted:
+            assert relative_error(dfactor.checked(), want_dfactor) < 1e-6

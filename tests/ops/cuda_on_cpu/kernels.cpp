@@ -1,6 +1,7 @@
 // The CUDA kernels compiled by the C++ compiler, behind C functions for ctypes.
 #include "permute_cuda.cu"
 #include "row_map_cuda.cu"
+#include "swiglu_cuda.cu"
 #include "unpermute_cuda.cu"
 
 using namespace moe_dist;
@@ -43,6 +44,21 @@ const char* unpermute_backward(
   return cuda::unpermute_backward(
       {row_of_slot, tokens, top_k}, is_bf16 ? Dtype::bf16 : Dtype::f32, hidden, {dy, row_bytes}, probs,
       {rows, row_bytes}, {drows, row_bytes}, dprobs, nullptr);
+}
+
+const char* swiglu(int64_t rows, int64_t width, int64_t padded, int is_bf16, char* z, float* factor, char* a) {
+  const int64_t size = is_bf16 ? 2 : 4;
+  return cuda::swiglu(
+      is_bf16 ? Dtype::bf16 : Dtype::f32, rows, width, {z, padded * size}, factor, {a, width * size}, nullptr);
+}
+
+const char* swiglu_backward(
+    int64_t rows, int64_t width, int64_t padded, int is_bf16, char* da, char* z, float* factor, char* a, char* dz,
+    float* dfactor) {
+  const int64_t size = is_bf16 ? 2 : 4;
+  return cuda::swiglu_backward(
+      is_bf16 ? Dtype::bf16 : Dtype::f32, rows, width, {da, width * size}, {z, padded * size}, factor,
+      {a, width * size}, {dz, 2 * width * size}, dfactor, nullptr);
 }
 
 }  // extern "C"
