@@ -5,6 +5,7 @@
     metrics.jsonl          one line an event, always
     checkpoints/           step-N/ and latest
     launch/                what launchers keep there, already before the first start: scripts, logs, requests to stop
+    logs/                  what ranks that failed have left; the first start may fail before it writes anything else
     export/                the Hugging Face folder, once exported
 
 The same command again resumes. A folder of another run is never written into silently.
@@ -30,6 +31,8 @@ from moe_dist.launch.chain import STOP
 
 CONFIG, METRICS, CHECKPOINTS = "config.resolved.yaml", "metrics.jsonl", "checkpoints"
 ENVIRONMENT = "env.json"
+LOGS = "logs"
+EARLY = (LAUNCH, LOGS)  # what may be there before a run is
 STOP_FILE = f"{LAUNCH}/{STOP}"  # exists while somebody asks the run to save and end
 PACKAGES = ("moe_dist", "torch", "deepspeed", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
 
@@ -45,7 +48,11 @@ def check(config: RunConfig, *, resume: str, overwrite: bool) -> Path | None:
     used = (folder / CONFIG).exists() and not overwrite
     if used and resume == "never":
         raise UserError(f"{folder} already holds a run: choose another run.dir, resume it, or give --overwrite")
-    if not (folder / CONFIG).exists() and folder.is_dir() and any(entry.name != LAUNCH for entry in folder.iterdir()):
+    if (
+        not (folder / CONFIG).exists()
+        and folder.is_dir()
+        and any(entry.name not in EARLY for entry in folder.iterdir())
+    ):
         raise UserError(f"{folder} is not empty and holds no run of ours: choose another run.dir")
     if used:
         _check_same(config, folder)
@@ -60,7 +67,7 @@ def write(config: RunConfig, *, overwrite: bool, world: int) -> None:
     """Make the run folder ready for this run; with `overwrite`, what an earlier run left in it goes. Rank 0 only."""
     folder = Path(config.run.dir)
     if overwrite and (folder / CONFIG).exists():
-        for name in (CHECKPOINTS, "export", "plots", "logs"):
+        for name in (CHECKPOINTS, "export", "plots", LOGS):
             shutil.rmtree(folder / name, ignore_errors=True)
         for name in (CONFIG, METRICS, ENVIRONMENT):
             (folder / name).unlink(missing_ok=True)

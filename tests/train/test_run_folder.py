@@ -72,6 +72,7 @@ def test_a_foreign_folder_is_left_alone(tmp_path):
 def test_what_a_launcher_left_before_the_first_start_is_no_foreign_run(tmp_path):
     (tmp_path / "run/launch").mkdir(parents=True)
     (tmp_path / "run/launch/slurm.sbatch").touch()
+    (tmp_path / "run/logs/attempt-1").mkdir(parents=True)  # of a start that failed before it wrote anything else
     assert prepare(config(tmp_path / "run")) is None
     assert prepare(config(tmp_path / "run"), overwrite=True) is None
     assert (tmp_path / "run/launch/slurm.sbatch").exists()
