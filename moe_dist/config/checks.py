@@ -200,6 +200,11 @@ def _parallel(config: RunConfig) -> None:
     parallel = config.parallel
     if parallel.placement_scores is not None and parallel.placement != "balanced":
         raise UserError("parallel.placement_scores: only with parallel.placement=balanced; set that, or remove it")
+    if parallel.spare_experts and parallel.placement != "balanced":
+        raise UserError(
+            f"parallel.spare_experts={parallel.spare_experts}: only with parallel.placement=balanced; set that, or "
+            "leave it at 0"
+        )
 
 
 def _trainable(config: RunConfig) -> None:

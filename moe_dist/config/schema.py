@@ -122,6 +122,13 @@ class ParallelSection:
     placement_scores: str | None = key(
         None, "summary.json of `esft score`: balanced then spreads the load that it has counted, too.", free=True
     )
+    spare_experts: int = key(
+        0,
+        "Seats a rank and layer for copies of frozen experts, which even out the load and spare the wire; needs "
+        "parallel.placement=balanced.",
+        low=0,
+        free=True,
+    )
     reduce_bucket_size: int = key(
         50_000_000,
         "Elements of a ZeRO reduction bucket (its buffers count against memory).",

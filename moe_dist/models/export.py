@@ -154,7 +154,8 @@ def _pieces(
             layout = plan.experts[origin.stock_name(parameter_name)]
             stacked = whole(parameter)
             for seat, expert in enumerate(seat_ids):
-                if expert is not None and grid.expert_data_rank == 0:
+                owned = expert is not None and layer.placement.owner[expert] == grid.expert_rank
+                if owned and grid.expert_data_rank == 0:
                     parts = layout.split(origin.turn(stacked[seat]))
                     row = expert if layout.stacked else None
                     yield [(key, part, row) for key, part in zip(layout.keys[expert], parts, strict=True)]

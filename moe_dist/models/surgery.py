@@ -15,7 +15,7 @@ from moe_dist.moe.placement import Placement, contiguous, from_lists
 from moe_dist.parallel.grid import Grid
 
 Trainable = Mapping[str, Iterable[int]] | None
-Seating = str | Mapping[str, Sequence[Sequence[int]]]
+Seating = str | Mapping[str, Placement | Sequence[Sequence[int]]]
 
 
 def moe_layers(model: nn.Module) -> list[tuple[str, MoEExperts]]:
@@ -35,7 +35,8 @@ def swap(
     """Replace the experts modules of a stock `model` (usually on the meta device) by ours, whose weights are zero.
 
     trainable: layer path -> ids of the experts that train, other layers frozen; None trains all.
-    placement: "contiguous", or layer path -> the expert ids of each rank; layers left out are contiguous.
+    placement: "contiguous", or layer path -> the expert ids of each rank, or a `Placement` for what is to be said
+    beyond that; layers left out are contiguous.
     device: of the new weights, the grid's unless told. Each layer gets the dtype of the module it replaces and keeps
     that module's `ExpertsDescription` as `.origin`.
     dense: a model without any such module is left as it is. A MiXSE model, which has none, gets its LoRA experts.
@@ -68,7 +69,7 @@ def swap(
     return moe_layers(model)
 
 
-def _seats_by_layer(placement: Seating) -> Mapping[str, Sequence[Sequence[int]]]:
+def _seats_by_layer(placement: Seating) -> Mapping[str, Placement | Sequence[Sequence[int]]]:
     if isinstance(placement, str):
         if placement != "contiguous":
             raise UserError(f"placement {placement!r}: expected 'contiguous' or lists of expert ids by layer")
@@ -78,14 +79,22 @@ def _seats_by_layer(placement: Seating) -> Mapping[str, Sequence[Sequence[int]]]
 
 def _place(
     description: ExpertsDescription,
-    lists: Sequence[Sequence[int]] | None,
+    given: Placement | Sequence[Sequence[int]] | None,
     ranks: int,
     trainable: Iterable[int] | None,
 ) -> Placement:
     count = description.spec.num_experts
-    if lists is None:
+    if given is None:
         return contiguous(count, ranks=ranks, trainable=trainable)
+    lists = given.ranks if isinstance(given, Placement) else given
     if len(lists) != ranks:
         raise UserError(f"placement of {description.name}: {len(lists)} lists for {ranks} expert-parallel ranks")
-    train = range(count) if trainable is None else trainable
-    return from_lists(lists, num_experts=count, trainable=train)
+    train = frozenset(range(count) if trainable is None else trainable)
+    if not isinstance(given, Placement):
+        return from_lists(lists, num_experts=count, trainable=train)
+    if (given.num_experts, given.trainable) != (count, train):
+        raise UserError(
+            f"placement of {description.name}: made for {given.num_experts} experts, of which "
+            f"{sorted(given.trainable)} train; there are {count}, of which {sorted(train)} do"
+        )
+    return given

@@ -6,6 +6,10 @@ seats of the span stay empty ("pad seats"): they hold zeros, no token is ever ro
 zero and AdamW leaves them zero. This buys one property on which everything distributed rests: *all ranks hold the
 same parameters in the same shapes*, whatever the placement, so ZeRO cuts its buckets at the same places everywhere and
 every rank takes part in the same collectives, also where all of its own experts are frozen.
+
+A frozen expert may sit on several ranks: it has no gradient, so its copies stay equal and cost memory alone. The lowest
+of these ranks *owns* it: where each expert counts once, as in an export, the owner answers for it. `Placement.copies`
+tells a rank where to send its tokens.
 """
 
 from __future__ import annotations
@@ -17,24 +21,38 @@ from functools import cached_property
 import numpy as np
 
 from moe_dist.errors import UserError
+from moe_dist.moe.copies import Copies, source_shares
+from moe_dist.moe.replicas import add_copies
 
 
 @dataclass(frozen=True)
 class Placement:
     """The experts of one layer on the P ranks of an expert group.
 
-    `ranks[r]` holds the global ids of rank r's experts in seat order, trainable before frozen; every id of
-    `range(num_experts)` occurs once. `trainable` is the global set, the same on every rank.
+    `ranks[r]` holds the global ids of rank r's experts in seat order, trainable before frozen. Every id of
+    `range(num_experts)` occurs; frozen ones may occur on several ranks. `trainable` is the global set, the same on
+    every rank. `load_E`, in any unit, decides what each copy of an expert gets; None takes all experts for alike.
+    `ranks_per_node`: consecutive ranks of the group that share a node; None puts all on one.
     """
 
     num_experts: int
     ranks: tuple[tuple[int, ...], ...]
     trainable: frozenset[int]
+    load_E: tuple[float, ...] | None = None
+    ranks_per_node: int | None = None
 
     def __post_init__(self):
         held = [expert for rank in self.ranks for expert in rank]
-        if sorted(held) != list(range(self.num_experts)):
-            raise UserError(f"a placement must hold each expert of 0..{self.num_experts - 1} exactly once, got {held}")
+        if sorted(set(held)) != list(range(self.num_experts)) or any(len(set(r)) < len(r) for r in self.ranks):
+            raise UserError(
+                f"a placement must hold each expert of 0..{self.num_experts - 1}, and no rank the same one twice; got "
+                f"{[list(rank) for rank in self.ranks]}"
+            )
+        twice = sorted(expert for expert in self.trainable if held.count(expert) > 1)
+        if twice:
+            raise UserError(
+                f"trainable experts {twice} sit on several ranks: an expert that trains is placed exactly once"
+            )
         if not self.trainable <= set(held):
             unknown = sorted(self.trainable - set(held))
             raise UserError(
@@ -64,11 +82,56 @@ class Placement:
         )
 
     @cached_property
+    def held(self) -> tuple[int, ...]:
+        """Seats that hold an expert, of each rank."""
+        return tuple(len(rank) for rank in self.ranks)
+
+    @cached_property
     def position(self) -> tuple[int, ...]:
-        """Of each expert, its place in the rank-major order of all experts: the order in which rows are sent."""
+        """Of each expert, its owner's place in the rank-major order of all seats: the order in which rows are sent."""
         order = [expert for rank in self.ranks for expert in rank]
-        place = {expert: position for position, expert in enumerate(order)}
-        return tuple(place[expert] for expert in range(self.num_experts))
+        return tuple(order.index(expert) for expert in range(self.num_experts))
+
+    @cached_property
+    def owner(self) -> tuple[int, ...]:
+        """Of each expert, the lowest rank that holds it."""
+        return tuple(
+            next(rank for rank, held in enumerate(self.ranks) if expert in held) for expert in range(self.num_experts)
+        )
+
+    @cached_property
+    def copied(self) -> dict[int, tuple[int, ...]]:
+        """The experts that sit on several ranks, and on which."""
+        where = {e: tuple(rank for rank, held in enumerate(self.ranks) if e in held) for e in range(self.num_experts)}
+        return {expert: ranks for expert, ranks in where.items() if len(ranks) > 1}
+
+    def copies(self, rank: int) -> Copies:
+        """Where the tokens of `rank` go; made once."""
+        if rank not in self._copies:
+            self._copies[rank] = Copies(self.ranks, self._loads, rank, self._nodes)
+        return self._copies[rank]
+
+    @cached_property
+    def fractions(self) -> tuple[dict[int, float], ...]:
+        """Of each rank, the part of each of its experts' tokens that it computes, where all ranks send alike."""
+        parts = [dict.fromkeys(rank, 1.0) for rank in self.ranks]
+        for expert, (holders, share_PC) in source_shares(self._loads, self.ranks, self._nodes).items():
+            for holder, part in zip(holders, share_PC.mean(axis=0).tolist(), strict=True):
+                parts[holder][expert] = part
+        return tuple(parts)
+
+    @cached_property
+    def _copies(self) -> dict[int, Copies]:
+        return {}
+
+    @property
+    def _loads(self) -> tuple[float, ...]:
+        return (1.0,) * self.num_experts if self.load_E is None else self.load_E
+
+    @property
+    def _nodes(self) -> list[int]:
+        """The node of each rank."""
+        return [rank // (self.ranks_per_node or len(self.ranks)) for rank in range(len(self.ranks))]
 
 
 def contiguous(num_experts: int, *, ranks: int, trainable: Iterable[int] | None = None) -> Placement:
@@ -86,19 +149,33 @@ def contiguous(num_experts: int, *, ranks: int, trainable: Iterable[int] | None 
     return from_lists(held, num_experts=num_experts, trainable=train)
 
 
-def from_lists(lists: Iterable[Iterable[int]], *, num_experts: int, trainable: Iterable[int]) -> Placement:
-    """A placement from any lists of ids, one a rank; within a rank trainable experts are moved to the front."""
+def from_lists(
+    lists: Iterable[Iterable[int]],
+    *,
+    num_experts: int,
+    trainable: Iterable[int],
+    load_E: Sequence[float] | None = None,
+    ranks_per_node: int | None = None,
+) -> Placement:
+    """A placement from any lists of ids, one a rank; within a rank trainable experts are moved to the front.
+
+    load_E, ranks_per_node: see `Placement`; they matter where an expert is in several lists.
+    """
     train = frozenset(trainable)
     seated = tuple(tuple(sorted(held, key=lambda e: (e not in train, e))) for held in lists)
-    return Placement(num_experts, seated, train)
+    loads = None if load_E is None else tuple(float(load) for load in load_E)
+    return Placement(num_experts, seated, train, loads, ranks_per_node)
 
 
-def balance(load_E: Sequence[float], *, ranks: int, trainable: Iterable[int] = ()) -> list[list[int]]:
+def balance(load_E: Sequence[float], *, ranks: int, trainable: Iterable[int] = (), spare: int = 0) -> list[list[int]]:
     """Spread experts over ranks so that both the load and the trainable experts are even.
 
     load_E: tokens (or any non-negative measure) of each expert; a sequence or a tensor. Returns one list of ids a
     rank, trainable first; the lengths of the lists and their counts of trainable experts each differ by at most one.
     The same input gives the same lists everywhere.
+
+    spare: at the end of each list come up to so many copies of frozen experts of other ranks (`moe.replicas`). What
+    stands before them is the list without copies.
 
     Longest processing time first gives a start: the heaviest expert to the least loaded rank that still has room, the
     trainable ones before the frozen ones, since their weight gradients and optimizer bytes leave less freedom. Then
@@ -114,6 +191,8 @@ def balance(load_E: Sequence[float], *, ranks: int, trainable: Iterable[int] = (
         raise UserError(
             f"trainable experts {sorted(train - set(range(len(loads))))} do not exist: there are {len(loads)}"
         )
+    if spare < 0:
+        raise UserError(f"balance needs spare={spare} to be at least zero")
     held: list[list[int]] = [[] for _ in range(ranks)]
     total = [0.0] * ranks
     frozen = set(range(len(loads))) - train
@@ -126,7 +205,7 @@ def balance(load_E: Sequence[float], *, ranks: int, trainable: Iterable[int] = (
             chosen = min(open_ranks, key=lambda r: (total[r], len(held[r]), r))
             held[chosen].append(expert)
             total[chosen] += loads[expert]
-    return _exchange(held, loads, train)
+    return add_copies(_exchange(held, loads, train), loads, train, spare)
 
 
 def _exchange(held: list[list[int]], loads: list[float], train: set[int]) -> list[list[int]]:

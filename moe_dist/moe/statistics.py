@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -39,10 +39,10 @@ class LoadStatistics:
         return total
 
 
-def rank_load_max(total: torch.Tensor, ranks: Sequence[Sequence[int]]) -> float:
-    """The busiest rank's tokens over the mean, where `ranks` says which experts each of them holds (1 is balance)."""
+def rank_load_max(total: torch.Tensor, ranks: Sequence[Mapping[int, float]]) -> float:
+    """The busiest rank's tokens over the mean (1 is balance). ranks: the part that each computes of its experts."""
     counts_E = total[:-1].tolist()
-    loads_P = [sum(counts_E[expert] for expert in held) for held in ranks]
+    loads_P = [sum(counts_E[expert] * part for expert, part in held.items()) for held in ranks]
     return max(loads_P) * len(loads_P) / sum(loads_P) if any(loads_P) else 0.0
 
 

@@ -22,7 +22,7 @@ from moe_dist.models.nexus.configuration_nexus import CONFIGS as DENSE_FAMILIES
 from moe_dist.models.recompute import enable_recompute
 from moe_dist.models.skeleton import build_skeleton, make_config, read_config
 from moe_dist.models.surgery import Seating, moe_layers, swap
-from moe_dist.moe.placement import balance
+from moe_dist.moe.placement import balance, from_lists
 from moe_dist.parallel.grid import Grid
 from moe_dist.train.base_states import check_base_states, keep_base_states
 from moe_dist.train.trainable import Selection, freeze, layer_index, select
@@ -145,7 +145,12 @@ def _placement(config: RunConfig, layers: list, selection: Selection, grid: Grid
     loads = {name: [1.0] * layer.spec.num_experts for name, layer in layers}
     if config.parallel.placement_scores is not None:
         loads = _measured(config.parallel.placement_scores, loads)
-    return {name: balance(load, ranks=grid.expert, trainable=selection.experts[name]) for name, load in loads.items()}
+    placed = {}
+    for name, load in loads.items():
+        train = selection.experts[name]
+        lists = balance(load, ranks=grid.expert, trainable=train, spare=config.parallel.spare_experts)
+        placed[name] = from_lists(lists, num_experts=len(load), trainable=train, load_E=load)
+    return placed
 
 
 def _measured(path: str, loads: dict[str, list[float]]) -> dict[str, list[float]]:

@@ -2,7 +2,8 @@
 
 Frozen tensors are compared by hash, bit for bit. A trainable tensor (of an expert: that expert's part) must have
 changed if a gradient ever reached it and the learning rate was large enough for fp32 to show it; one that no gradient
-reached is listed: that is a fact about the data, not a fault.
+reached is listed: that is a fact about the data, not a fault. Where a frozen expert sits on several ranks, all of them
+must hold the same.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import hashlib
 
 import torch
+import torch.distributed as dist
 
+from moe_dist.models.surgery import moe_layers
 from moe_dist.parallel.grid import Grid
 from moe_dist.train.engine import Engine
 
@@ -26,9 +29,10 @@ class ChangeProof:
     def check(self, engine: Engine, *, lr: float, eps: float) -> list[str]:
         """Names (with expert ids) of this rank's trainable tensors that no gradient has reached.
 
-        lr, eps: AdamW's, of the last step. Raises RuntimeError, naming the tensors, where a frozen one changed or a
-        trained one did not.
+        lr, eps: AdamW's, of the last step. Raises RuntimeError, naming the tensors, where a frozen one changed, where
+        copies of an expert differ, or where a trained one did not change.
         """
+        apart = differing_copies(engine, self.grid)
         changed = [name for name, value in self._frozen(engine) if value != self.frozen[name]]
         stuck, untouched = [], []
         m, v = (
@@ -43,6 +47,8 @@ class ChangeProof:
                 stuck.append(_label(fragment))
         if changed:
             raise RuntimeError(f"frozen tensors have changed: {', '.join(changed)}")
+        if apart:
+            raise RuntimeError(f"ranks hold different copies of frozen experts: {', '.join(apart)}")
         if stuck:
             raise RuntimeError(f"trainable tensors got a gradient and have not changed: {', '.join(stuck)}")
         return untouched
@@ -59,6 +65,33 @@ class ChangeProof:
             with engine.gathered([parameter]):
                 if number % count == place:
                     yield name, digest(parameter.detach())
+
+
+def differing_copies(engine: Engine, grid: Grid) -> list[str]:
+    """Names, with expert ids, of what ranks of this expert group hold differently, though it is one expert's.
+
+    Collective; the same list on every rank of the group. Of each tensor 60 bits of its hash are compared.
+    """
+    names, hashes = [], []
+    for path, layer in moe_layers(engine.module):
+        if not layer.placement.copied:
+            continue
+        seats = {expert: seat for seat, expert in enumerate(layer.frozen.seat_ids)}
+        for name, parameter in layer.frozen.named_parameters():
+            with engine.gathered([parameter]):
+                for expert in layer.placement.copied:
+                    seat = seats.get(expert)
+                    names.append(f"{path}.{name}[{expert}]")
+                    hashes.append(None if seat is None else int(digest(parameter[seat])[:15], 16))
+    if not names:
+        return []
+    lowest, highest = (
+        torch.tensor([other if value is None else value for value in hashes], device=grid.device)
+        for other in (2**60, -1)
+    )
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=grid.expert_group)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=grid.expert_group)
+    return [name for name, differs in zip(names, (lowest != highest).tolist(), strict=True) if differs]
 
 
 def _shows(master: torch.Tensor, m: torch.Tensor, v: torch.Tensor, lr: float, eps: float) -> bool:

@@ -103,7 +103,7 @@ class Routing:
         layers = {str(layer_index(name)): summarise(total) for name, total in totals.items()}
         return {
             "load_max": max(layer["load_max"] for layer in layers.values()),
-            "rank_load_max": max(rank_load_max(totals[name], layer.placement.ranks) for name, layer in self.layers),
+            "rank_load_max": max(rank_load_max(totals[name], layer.placement.fractions) for name, layer in self.layers),
             "load_entropy": min(layer["load_entropy"] for layer in layers.values()),
             "dead_experts": sum(layer["dead"] for layer in layers.values()),
             "dropped": max(layer["dropped"] for layer in layers.values()),

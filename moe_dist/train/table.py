@@ -16,13 +16,17 @@ OUTSIDE = "outside layers"
 
 @dataclass
 class Row:
-    """Elements of one decoder layer on this rank (or of what lies outside of all)."""
+    """Elements of one decoder layer on this rank (or of what lies outside of all).
+
+    ids: what trains, by experts module. copies: {expert that sits on several ranks: on how many}.
+    """
 
     dense_trained: int = 0
     dense: int = 0
     expert_trained: int = 0
     expert: int = 0
     ids: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    copies: dict[int, int] = field(default_factory=dict)
     num_experts: int = 0
 
 
@@ -35,6 +39,7 @@ def rows(model: nn.Module, selection: Selection) -> dict[str, Row]:
             row = table[_label(name)]
             row.ids[name] = selection.experts[name]
             row.num_experts += module.spec.num_experts
+            row.copies |= {expert: len(ranks) for expert, ranks in module.placement.copied.items()}
             for _, parameter, _ in module.expert_parameters():
                 inside.add(parameter)
                 row.expert += parameter.numel()
@@ -108,6 +113,11 @@ def _ids(row: Row) -> str:
         count = row.num_experts // len(row.ids)
         shown = "all" if len(ids) == count else "none" if not ids else ",".join(map(str, ids[:8]))
         parts.append(f"{len(ids)}/{count} ({shown}{',...' if len(ids) > 8 and shown != 'all' else ''})")
+    if row.copies:
+        most = sorted(row.copies.items(), key=lambda item: (-item[1], item[0]))
+        listed = ",".join(f"{expert} on {ranks}" for expert, ranks in most[:8])
+        more = sum(row.copies.values()) - len(row.copies)
+        parts.append(f"+ {more} {'copy' if more == 1 else 'copies'} ({listed}{',...' if len(most) > 8 else ''})")
     return " ".join(parts)
 
 

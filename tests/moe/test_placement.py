@@ -9,6 +9,7 @@ import torch
 
 from moe_dist.errors import UserError
 from moe_dist.moe.placement import Placement, balance, contiguous, from_lists
+from moe_dist.moe.splitting import split_load
 
 
 def test_contiguous_when_experts_do_not_divide():
@@ -29,11 +30,26 @@ def test_trainable_experts_come_first():
     assert placement.position == (1, 2, 0, 3)
 
 
-def test_a_placement_holds_every_expert_once():
-    with pytest.raises(UserError, match="exactly once"):
+def test_a_placement_holds_every_expert_and_what_trains_once():
+    with pytest.raises(UserError, match="must hold each expert"):
         Placement(3, ((0, 1), (1,)), frozenset())
+    with pytest.raises(UserError, match="no rank the same one twice"):
+        Placement(2, ((0, 1, 1),), frozenset())
+    with pytest.raises(UserError, match=r"trainable experts \[1\] sit on several ranks"):
+        Placement(3, ((1, 0), (1, 2)), frozenset([1]))
     with pytest.raises(UserError, match="do not exist"):
         contiguous(3, ranks=1, trainable=[5])
+
+
+def test_seats_of_copies():
+    placement = from_lists([[0, 2, 4], [1, 3, 2], [4, 5]], num_experts=6, trainable=[0, 1])
+    assert placement.ranks == ((0, 2, 4), (1, 2, 3), (4, 5))
+    assert (placement.trainable_seats, placement.frozen_seats, placement.held) == (1, 2, (3, 3, 2))
+    assert placement.seat_ids(2) == ((None,), (4, 5))
+    assert placement.copied == {2: (0, 1), 4: (0, 2)}
+    assert placement.owner == (0, 1, 0, 1, 0, 2)
+    assert placement.position == (0, 3, 1, 5, 2, 7)
+    assert placement.copies(1) is placement.copies(1)
 
 
 def test_balance_is_even_in_counts_for_any_input():
@@ -85,8 +101,49 @@ def test_balance_is_near_perfect_with_many_experts():
         assert balance(loads, ranks=ranks, trainable=range(0, experts, 9)) == held
 
 
+def test_copies_are_of_frozen_experts_and_come_last():
+    chance = random.Random(5)
+    for _ in range(200):
+        experts, ranks, spare = chance.randint(1, 20), chance.randint(1, 6), chance.randint(0, 3)
+        train = chance.sample(range(experts), chance.randint(0, experts))
+        loads = [chance.choice([0, 1, 9 * chance.random()]) for _ in range(experts)]
+        plain = balance(loads, ranks=ranks, trainable=train)
+        held = balance(loads, ranks=ranks, trainable=train, spare=spare)
+        frozen = set(range(experts)) - set(train)
+        for before, after in zip(plain, held, strict=True):
+            assert after[: len(before)] == before
+            copies = after[len(before) :]
+            assert set(copies) <= frozen
+            assert len(copies) == min(spare, len(frozen - set(before)))
+            assert len(set(after)) == len(after)
+        placement = from_lists(held, num_experts=experts, trainable=train, load_E=loads)
+        assert placement.frozen_seats <= from_lists(plain, num_experts=experts, trainable=train).frozen_seats + spare
+        assert balance(loads, ranks=ranks, trainable=train, spare=spare) == held
+
+
+@pytest.mark.parametrize(("experts", "ranks", "spare"), [(64, 16, 1), (256, 32, 1), (64, 16, 2), (16, 4, 1)])
+def test_one_copy_a_rank_makes_the_load_even(experts, ranks, spare):
+    """Unless an expert that trains is hotter than the mean rank: then the others stay below it."""
+    chance = random.Random(experts)
+    for spread in (0.5, 1.0, 2.0):
+        loads = [chance.lognormvariate(0, spread) for _ in range(experts)]
+        train = chance.sample(range(experts), experts // 12)
+        held = balance(loads, ranks=ranks, trainable=train, spare=spare)
+        level = split_load(loads, held).level
+        least = max(sum(loads) / ranks, max(loads[e] for e in train))
+        assert least * (1 - 1e-9) <= level < 1.003 * least
+
+
+def test_a_frozen_expert_above_the_mean_goes_to_as_many_ranks_as_it_takes():
+    held = balance([70, 2, 3, 5, 5, 5, 5, 5], ranks=4, spare=1)
+    assert split_load([70, 2, 3, 5, 5, 5, 5, 5], held).level == pytest.approx(25.0)
+    assert sum(0 in ids for ids in held) == 4
+
+
 def test_balance_refuses_nonsense():
     with pytest.raises(UserError, match="loads"):
         balance([1.0, float("nan")], ranks=1)
     with pytest.raises(UserError, match=r"trainable experts \[9\]"):
         balance([1.0], ranks=1, trainable=[9])
+    with pytest.raises(UserError, match="spare=-1"):
+        balance([1.0], ranks=1, spare=-1)

@@ -16,10 +16,10 @@ def test_figures_of_a_layer():
 
 def test_the_busiest_rank():
     total = torch.tensor([6, 0, 3, 3, 100])  # the last one is what was dropped
-    assert rank_load_max(total, [[0, 1], [2, 3]]) == 1.0
-    assert rank_load_max(total, [[0, 2], [1, 3]]) == 1.5
-    assert rank_load_max(total, [[0], [1], [2, 3]]) == 1.5
-    assert rank_load_max(torch.zeros(5, dtype=torch.int64), [[0, 1], [2, 3]]) == 0.0
+    assert rank_load_max(total, [{0: 1, 1: 1}, {2: 1, 3: 1}]) == 1.0
+    assert rank_load_max(total, [{0: 1, 2: 1}, {1: 1, 3: 1}]) == 1.5
+    assert rank_load_max(total, [{0: 1}, {1: 1}, {2: 1, 3: 1}]) == 1.5
+    assert rank_load_max(torch.zeros(5, dtype=torch.int64), [{0: 1, 1: 1}, {2: 1, 3: 1}]) == 0.0
 
 
 def test_counts_add_up_until_reset():

@@ -93,8 +93,8 @@ def test_the_balanced_placement_spreads_what_trains():
         parallel={"expert": 2, "placement": "balanced"},
         trainable={"include": ["*.experts.*"], "experts": {"1": [0, 1], "2": [0, 1, 2]}},
     )
-    for name, lists in made.placement.items():
-        counts = [len(set(held) & set(made.selection.experts[name])) for held in lists]
+    for name, placement in made.placement.items():
+        counts = [len(set(held) & set(made.selection.experts[name])) for held in placement.ranks]
         assert max(counts) - min(counts) <= 1
 
 
@@ -161,7 +161,7 @@ def test_balanced_placement_takes_the_load_from_scores(tmp_path):
     parallel = {"expert": 2, "placement": "balanced", "placement_scores": str(file)}
     trainable = {"include": ["*.experts.*"], "experts": {"2": [4, 5]}}
     made = plan(2, parallel=parallel, trainable=trainable)
-    heavy, light = made.placement["model.layers.2.mlp.experts"]
+    heavy, light = made.placement["model.layers.2.mlp.experts"].ranks
     assert sorted(sum(scores[str(expert)] for expert in held) for held in (heavy, light)) == pytest.approx([0.35, 0.65])
     assert {4, 5} & set(heavy)
     assert {4, 5} & set(light)
