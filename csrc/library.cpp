@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -39,11 +40,20 @@ Matrix matrix_of(const Tensor& tensor) {
   return {static_cast<char*>(tensor.data_ptr()), tensor.stride(0) * static_cast<int64_t>(tensor.element_size())};
 }
 
-Slots slots_of(const Tensor& row_of_slot) {
+// slot_of_row is given where there may be pad rows.
+Slots slots_of(const Tensor& row_of_slot, const std::optional<Tensor>& slot_of_row = std::nullopt) {
   STD_TORCH_CHECK(
       row_of_slot.scalar_type() == ScalarType::Int && row_of_slot.dim() == 2 && row_of_slot.is_contiguous(),
       "row_of_slot must be int32, contiguous");
-  return {static_cast<const int32_t*>(row_of_slot.data_ptr()), row_of_slot.size(0), row_of_slot.size(1)};
+  Slots slots{static_cast<const int32_t*>(row_of_slot.data_ptr()), row_of_slot.size(0), row_of_slot.size(1)};
+  if (slot_of_row) {
+    STD_TORCH_CHECK(
+        slot_of_row->scalar_type() == ScalarType::Int && slot_of_row->is_contiguous(),
+        "slot_of_row must be int32, contiguous");
+    slots.slot_of_row = static_cast<const int32_t*>(slot_of_row->data_ptr());
+    slots.rows = slot_of_row->numel();
+  }
+  return slots;
 }
 
 float* probs_of(const std::optional<Tensor>& probs, const Slots& slots) {
@@ -72,17 +82,22 @@ Ids ids_of(const Tensor& ids) {
 
 RowMap row_map_of(const Tensor& counts, const Tensor& row_of_slot, const Tensor& slot_of_row, const Tensor& status) {
   STD_TORCH_CHECK(
-      counts.scalar_type() == ScalarType::Long && status.scalar_type() == ScalarType::Long && status.numel() == 2 &&
+      counts.scalar_type() == ScalarType::Long && status.scalar_type() == ScalarType::Long && status.numel() == 3 &&
           row_of_slot.scalar_type() == ScalarType::Int && slot_of_row.scalar_type() == ScalarType::Int &&
-          slot_of_row.numel() == row_of_slot.numel() && row_of_slot.is_contiguous(),
+          slot_of_row.numel() >= row_of_slot.numel() && row_of_slot.is_contiguous(),
       "outputs of the row map");
   return {
       static_cast<int64_t*>(counts.data_ptr()), static_cast<int32_t*>(row_of_slot.data_ptr()),
       static_cast<int32_t*>(slot_of_row.data_ptr()), static_cast<int64_t*>(status.data_ptr())};
 }
 
+void check_widths(const Tensor& a, const Tensor& b) {
+  STD_TORCH_CHECK(a.size(1) == b.size(1), "input and output differ in width");
+}
+
 void check_same(const Tensor& a, const Tensor& b) {
-  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type() && a.size(1) == b.size(1), "input and output differ");
+  check_widths(a, b);
+  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), "input and output differ in type");
 }
 
 void check_swiglu(const Tensor& z, const Tensor& a) {
@@ -92,32 +107,36 @@ void check_swiglu(const Tensor& z, const Tensor& a) {
 namespace on_cpu {
 
 void row_map(
-    Tensor ids, int64_t num_experts, int64_t, Tensor counts, Tensor row_of_slot, Tensor slot_of_row, Tensor status) {
-  moe_dist::cpu::row_map(ids_of(ids), num_experts, row_map_of(counts, row_of_slot, slot_of_row, status));
+    Tensor ids, int64_t num_experts, int64_t align, int64_t, Tensor counts, Tensor row_of_slot, Tensor slot_of_row,
+    Tensor status) {
+  STD_TORCH_CHECK(
+      slot_of_row.numel() >= ids.numel() + std::min(num_experts, ids.numel()) * (align - 1), "room for the pad rows");
+  moe_dist::cpu::row_map(ids_of(ids), num_experts, align, row_map_of(counts, row_of_slot, slot_of_row, status));
 }
 
-void permute(Tensor x, Tensor row_of_slot, Tensor rows) {
-  check_same(x, rows);
-  const int64_t row_bytes = x.size(1) * static_cast<int64_t>(x.element_size());
-  moe_dist::cpu::permute(slots_of(row_of_slot), matrix_of(x), matrix_of(rows), row_bytes);
+void permute(Tensor x, Tensor row_of_slot, std::optional<Tensor> slot_of_row, Tensor rows) {
+  check_widths(x, rows);
+  moe_dist::cpu::permute(
+      slots_of(row_of_slot, slot_of_row), x.size(1), dtype_of(x), matrix_of(x), dtype_of(rows), matrix_of(rows));
 }
 
 void unpermute(Tensor rows, Tensor row_of_slot, std::optional<Tensor> probs, Tensor y) {
-  check_same(rows, y);
+  check_widths(rows, y);
   const Slots slots = slots_of(row_of_slot);
   moe_dist::cpu::unpermute(
-      slots, dtype_of(y), y.size(1), matrix_of(rows), probs_of(probs, slots), matrix_of(y));
+      slots, y.size(1), dtype_of(rows), matrix_of(rows), probs_of(probs, slots), dtype_of(y), matrix_of(y));
 }
 
 void unpermute_backward(
-    Tensor dy, Tensor row_of_slot, std::optional<Tensor> probs, std::optional<Tensor> rows, Tensor drows,
-    std::optional<Tensor> dprobs) {
-  check_same(dy, drows);
+    Tensor dy, Tensor row_of_slot, std::optional<Tensor> slot_of_row, std::optional<Tensor> probs,
+    std::optional<Tensor> rows, Tensor drows, std::optional<Tensor> dprobs) {
+  check_widths(dy, drows);
+  if (rows) check_same(*rows, drows);
   STD_TORCH_CHECK(rows.has_value() == dprobs.has_value(), "rows and dprobs go together");
-  const Slots slots = slots_of(row_of_slot);
+  const Slots slots = slots_of(row_of_slot, slot_of_row);
   moe_dist::cpu::unpermute_backward(
-      slots, dtype_of(dy), dy.size(1), matrix_of(dy), probs_of(probs, slots), rows ? matrix_of(*rows) : Matrix{},
-      matrix_of(drows), probs_of(dprobs, slots));
+      slots, dy.size(1), dtype_of(dy), matrix_of(dy), probs_of(probs, slots), dtype_of(drows),
+      rows ? matrix_of(*rows) : Matrix{}, matrix_of(drows), probs_of(dprobs, slots));
 }
 
 void swiglu(Tensor z, std::optional<Tensor> factor, Tensor a) {
@@ -184,8 +203,9 @@ void check(const char* error) {
 }
 
 void row_map(
-    Tensor ids, int64_t num_experts, int64_t expected_rows, Tensor counts, Tensor row_of_slot, Tensor slot_of_row,
-    Tensor status) {
+    Tensor ids, int64_t num_experts, int64_t align, int64_t expected_rows, Tensor counts, Tensor row_of_slot,
+    Tensor slot_of_row, Tensor status) {
+  STD_TORCH_CHECK(align == 1, "pad rows on CUDA");
   STD_TORCH_CHECK(num_experts <= moe_dist::cuda::kMaxExperts, "too many experts for the CUDA row map");
   const Launch launch(ids);
   const int64_t scratch_size = moe_dist::cuda::row_map_scratch(ids.numel(), num_experts);
@@ -195,8 +215,9 @@ void row_map(
       static_cast<int32_t*>(scratch.data_ptr()), launch.stream));
 }
 
-void permute(Tensor x, Tensor row_of_slot, Tensor rows) {
+void permute(Tensor x, Tensor row_of_slot, std::optional<Tensor> slot_of_row, Tensor rows) {
   check_same(x, rows);
+  STD_TORCH_CHECK(!slot_of_row, "pad rows on CUDA");
   const Launch launch(x);
   const int64_t row_bytes = x.size(1) * static_cast<int64_t>(x.element_size());
   check(moe_dist::cuda::permute(slots_of(row_of_slot), matrix_of(x), matrix_of(rows), row_bytes, launch.stream));
@@ -211,9 +232,10 @@ void unpermute(Tensor rows, Tensor row_of_slot, std::optional<Tensor> probs, Ten
 }
 
 void unpermute_backward(
-    Tensor dy, Tensor row_of_slot, std::optional<Tensor> probs, std::optional<Tensor> rows, Tensor drows,
-    std::optional<Tensor> dprobs) {
+    Tensor dy, Tensor row_of_slot, std::optional<Tensor> slot_of_row, std::optional<Tensor> probs,
+    std::optional<Tensor> rows, Tensor drows, std::optional<Tensor> dprobs) {
   check_same(dy, drows);
+  STD_TORCH_CHECK(!slot_of_row, "pad rows on CUDA");
   STD_TORCH_CHECK(rows.has_value() == dprobs.has_value(), "rows and dprobs go together");
   const Launch launch(dy);
   const Slots slots = slots_of(row_of_slot);
@@ -263,13 +285,13 @@ STABLE_TORCH_LIBRARY(moe_dist, library) {
   library.def("recycled(int bytes) -> Tensor");
   library.def("recycled_bytes() -> (int, int, int)");
   library.def(
-      "row_map(Tensor ids, int num_experts, int expected_rows, Tensor(a!) counts, Tensor(b!) row_of_slot, "
+      "row_map(Tensor ids, int num_experts, int align, int expected_rows, Tensor(a!) counts, Tensor(b!) row_of_slot, "
       "Tensor(c!) slot_of_row, Tensor(d!) status) -> ()");
-  library.def("permute(Tensor x, Tensor row_of_slot, Tensor(a!) rows) -> ()");
+  library.def("permute(Tensor x, Tensor row_of_slot, Tensor? slot_of_row, Tensor(a!) rows) -> ()");
   library.def("unpermute(Tensor rows, Tensor row_of_slot, Tensor? probs, Tensor(a!) y) -> ()");
   library.def(
-      "unpermute_backward(Tensor dy, Tensor row_of_slot, Tensor? probs, Tensor? rows, Tensor(a!) drows, "
-      "Tensor(b!)? dprobs) -> ()");
+      "unpermute_backward(Tensor dy, Tensor row_of_slot, Tensor? slot_of_row, Tensor? probs, Tensor? rows, "
+      "Tensor(a!) drows, Tensor(b!)? dprobs) -> ()");
   library.def("swiglu(Tensor z, Tensor? factor, Tensor(a!) a) -> ()");
   library.def(
       "swiglu_backward(Tensor da, Tensor z, Tensor? factor, Tensor(a!) a, Tensor(b!) dz, Tensor(c!)? dfactor) -> ()");

@@ -1,8 +1,9 @@
 // permute and unpermute on raw memory: what the CPU and the CUDA files implement and library.cpp calls.
 //
 // T tokens, K experts per token, E experts, N rows, H hidden. A slot is one of the T*K (token, k) pairs, numbered
-// t*K + k. row_of_slot holds the row of each slot, -1 where the slot is dropped. All offsets are 64-bit: rows * H
-// passes 2^31 in ordinary use.
+// t*K + k. row_of_slot holds the row of each slot, -1 where the slot is dropped. With `align` above 1 each expert's rows
+// begin at a multiple of it; between them lie pad rows, which belong to no slot. All offsets are 64-bit: rows * H passes
+// 2^31 in ordinary use.
 #pragma once
 
 #include <cstdint>
@@ -24,13 +25,18 @@ struct Matrix {
   int64_t stride;
 };
 
+// Where each slot's row is. Where there may be pad rows: slot_of_row [rows] as well, -1 for those; else null.
 struct Slots {
   const int32_t* row_of_slot;
   int64_t tokens, top_k;
+  const int32_t* slot_of_row = nullptr;
+  int64_t rows = 0;
 };
 
-// What the row map writes. counts [E]; row_of_slot [T*K]; slot_of_row [T*K], filled up to N; status [2] = {N, the
-// largest id seen that is not below E, else -1}. Nothing but the status is meaningful where there is such an id.
+// What the row map writes. counts [E], without pad rows; row_of_slot [T*K]; slot_of_row, -1 in pad rows, has room for
+// T*K + min(E, T*K) * (align - 1) and is filled up to N; status [3] = {slots that are not dropped, the largest id seen
+// that is not below E, else -1, N with pad rows}. Nothing but the status is meaningful where there is such an id. On CUDA
+// slot_of_row is filled to its end where align is above 1: the host may know of N no more than that bound.
 struct RowMap {
   int64_t* counts;
   int32_t* row_of_slot;
@@ -44,18 +50,21 @@ namespace cpu {
 const char* instruction_set();
 
 // Stable counting sort of the slots by expert; a negative id drops its slot.
-void row_map(const Ids& ids, int64_t num_experts, const RowMap& out);
+void row_map(const Ids& ids, int64_t num_experts, int64_t align, const RowMap& out);
 
-// rows[row of (t, k)] = x[t]. A copy of `row_bytes` bytes, whatever they hold.
-void permute(const Slots& slots, Matrix x, Matrix rows, int64_t row_bytes);
+// rows[row of (t, k)] = x[t], cast from one type to the other; pad rows become zeros.
+void permute(const Slots& slots, int64_t hidden, Dtype from, Matrix x, Dtype to, Matrix rows);
 
-// y[t] = sum over k of probs[t, k] * rows[row of (t, k)], in fp32 and in the order of k. probs [T*K] or null.
-void unpermute(const Slots& slots, Dtype dtype, int64_t hidden, Matrix rows, const float* probs, Matrix y);
+// y[t] = sum over k of probs[t, k] * rows[row of (t, k)], in fp32 and in the order of k, rounded once to its type.
+// probs [T*K] or null.
+void unpermute(
+    const Slots& slots, int64_t hidden, Dtype from, Matrix rows, const float* probs, Dtype to, Matrix y);
 
-// drows[row of (t, k)] = probs[t, k] * dy[t]; dprobs[t, k] = <dy[t], rows[row of (t, k)]>, zero where dropped.
-// probs may be null (all ones); rows.data and dprobs are null together where that gradient is not wanted.
+// drows[row of (t, k)] = probs[t, k] * dy[t], pad rows zero; dprobs[t, k] = <dy[t], rows[row of (t, k)]>, zero where
+// dropped. `from` is the type of dy, `to` that of rows and drows. probs may be null (all ones); rows.data and dprobs are
+// null together where that gradient is not wanted.
 void unpermute_backward(
-    const Slots& slots, Dtype dtype, int64_t hidden, Matrix dy, const float* probs, Matrix rows, Matrix drows,
+    const Slots& slots, int64_t hidden, Dtype from, Matrix dy, const float* probs, Dtype to, Matrix rows, Matrix drows,
     float* dprobs);
 
 }  // namespace cpu

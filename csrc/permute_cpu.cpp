@@ -86,9 +86,24 @@ void with_kernels(bool stream, const F& body) {
   }
 }
 
+// Calls body with a value of each of the two element types.
 template <class F>
-void with_dtype(Dtype dtype, const F& body) {
-  return dtype == Dtype::f32 ? body(float{}) : body(bf16{});
+void with_dtypes(Dtype from, Dtype to, const F& body) {
+  const auto with_source = [&](auto source) { return to == Dtype::f32 ? body(source, float{}) : body(source, bf16{}); };
+  return from == Dtype::f32 ? with_source(float{}) : with_source(bf16{});
+}
+
+int64_t bytes_of(Dtype dtype) {
+  return dtype == Dtype::f32 ? 4 : 2;
+}
+
+void clear_pads(const Slots& slots, Matrix rows, int64_t row_bytes) {
+  if (!slots.slot_of_row) return;
+  torch::stable::parallel_for(0, slots.rows, kSlotsPerThread, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      if (slots.slot_of_row[row] < 0) std::memset(rows.data + row * rows.stride, 0, row_bytes);
+    }
+  });
 }
 
 // Counts the experts of slots [begin, end) -> the largest id that is not below E, else -1.
@@ -125,7 +140,7 @@ void place_slots(
 // Each chunk of slots counts its experts; a scan over (expert, chunk) turns the counts into the first row of each
 // expert in each chunk; then each chunk hands out rows in order. Any cut into chunks gives the same, stable, sort.
 template <class Id>
-void sort_slots(const Ids& ids, int64_t num_experts, const RowMap& out) {
+void sort_slots(const Ids& ids, int64_t num_experts, int64_t align, const RowMap& out) {
   const Id* id_of = static_cast<const Id*>(ids.data);
   const int64_t chunks = std::clamp<int64_t>(ids.slots / kSlotsPerThread, 1, torch::stable::get_num_threads());
   std::vector<int32_t> cursor(chunks * num_experts, 0);
@@ -145,6 +160,7 @@ void sort_slots(const Ids& ids, int64_t num_experts, const RowMap& out) {
   if (out.status[1] >= 0) return;
 
   int32_t row = 0;
+  int64_t kept = 0;
   for (int64_t e = 0; e < num_experts; ++e) {
     const int32_t first = row;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -154,8 +170,11 @@ void sort_slots(const Ids& ids, int64_t num_experts, const RowMap& out) {
       row += count;
     }
     out.counts[e] = row - first;
+    kept += row - first;
+    for (; row % align != 0; ++row) out.slot_of_row[row] = -1;
   }
-  out.status[0] = row;
+  out.status[0] = kept;
+  out.status[2] = row;
 
   for_chunks([&](int64_t chunk, int64_t begin, int64_t end) {
     place_slots(id_of, begin, end, cursor.data() + chunk * num_experts, out.row_of_slot, out.slot_of_row);
@@ -169,51 +188,56 @@ const char* instruction_set() {
   return names[static_cast<int>(isa())];
 }
 
-void row_map(const Ids& ids, int64_t num_experts, const RowMap& out) {
+void row_map(const Ids& ids, int64_t num_experts, int64_t align, const RowMap& out) {
   if (ids.wide) {
-    sort_slots<int64_t>(ids, num_experts, out);
+    sort_slots<int64_t>(ids, num_experts, align, out);
   } else {
-    sort_slots<int32_t>(ids, num_experts, out);
+    sort_slots<int32_t>(ids, num_experts, align, out);
   }
 }
 
-void permute(const Slots& slots, Matrix x, Matrix rows, int64_t row_bytes) {
-  with_kernels(streams(rows, slots.tokens * slots.top_k, row_bytes), [&](auto kernels, auto stream) {
-    for_tokens(slots, row_bytes, [&](int64_t begin, int64_t end) {
-      using Kernels = decltype(kernels);
-      Kernels::template permute_tokens<decltype(stream)::value>(slots, x, rows, row_bytes, begin, end);
+void permute(const Slots& slots, int64_t hidden, Dtype from, Matrix x, Dtype to, Matrix rows) {
+  clear_pads(slots, rows, hidden * bytes_of(to));
+  with_dtypes(from, to, [&](auto source, auto target) {
+    const int64_t row_bytes = hidden * sizeof(target);
+    with_kernels(streams(rows, slots.tokens * slots.top_k, row_bytes), [&](auto kernels, auto stream) {
+      for_tokens(slots, row_bytes, [&](int64_t begin, int64_t end) {
+        decltype(kernels)::template permute_tokens<decltype(stream)::value, decltype(source), decltype(target)>(
+            slots, hidden, x, rows, begin, end);
+      });
     });
   });
 }
 
-void unpermute(const Slots& slots, Dtype dtype, int64_t hidden, Matrix rows, const float* probs, Matrix y) {
-  with_dtype(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const int64_t row_bytes = hidden * sizeof(T);
-    with_kernels(streams(y, slots.tokens, row_bytes), [&](auto kernels, auto stream) {
-      for_tokens(slots, row_bytes, [&](int64_t begin, int64_t end) {
-        using Kernels = decltype(kernels);
-        Kernels::template unpermute_tokens<decltype(stream)::value, T>(slots, hidden, rows, probs, y, begin, end);
+void unpermute(
+    const Slots& slots, int64_t hidden, Dtype from, Matrix rows, const float* probs, Dtype to, Matrix y) {
+  with_dtypes(from, to, [&](auto source, auto target) {
+    with_kernels(streams(y, slots.tokens, hidden * sizeof(target)), [&](auto kernels, auto stream) {
+      for_tokens(slots, hidden * sizeof(source), [&](int64_t begin, int64_t end) {
+        decltype(kernels)::template unpermute_tokens<decltype(stream)::value, decltype(source), decltype(target)>(
+            slots, hidden, rows, probs, y, begin, end);
       });
     });
   });
 }
 
 void unpermute_backward(
-    const Slots& slots, Dtype dtype, int64_t hidden, Matrix dy, const float* probs, Matrix rows, Matrix drows,
+    const Slots& slots, int64_t hidden, Dtype from, Matrix dy, const float* probs, Dtype to, Matrix rows, Matrix drows,
     float* dprobs) {
-  with_dtype(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const int64_t row_bytes = hidden * sizeof(T);
+  clear_pads(slots, drows, hidden * bytes_of(to));
+  with_dtypes(from, to, [&](auto source, auto target) {
+    using From = decltype(source);
+    using To = decltype(target);
+    const int64_t row_bytes = hidden * sizeof(To);
     with_kernels(streams(drows, slots.tokens * slots.top_k, row_bytes), [&](auto kernels, auto stream) {
       for_tokens(slots, row_bytes, [&](int64_t begin, int64_t end) {
         using Kernels = decltype(kernels);
         constexpr bool kStream = decltype(stream)::value;
         if (dprobs) {
-          Kernels::template unpermute_backward_tokens<kStream, true, T>(
+          Kernels::template unpermute_backward_tokens<kStream, true, From, To>(
               slots, hidden, dy, probs, rows, drows, dprobs, begin, end);
         } else {
-          Kernels::template unpermute_backward_tokens<kStream, false, T>(
+          Kernels::template unpermute_backward_tokens<kStream, false, From, To>(
               slots, hidden, dy, probs, rows, drows, dprobs, begin, end);
         }
       });

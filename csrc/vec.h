@@ -1,7 +1,8 @@
 // Vec: a group of fp32 lanes that is read from and written to fp32 or bfloat16 memory, once for each instruction
 // set. One group of bfloat16 is one cache line with AVX-512, half of one with AVX2. Of bfloat16, one register holds the
 // even and one the odd elements: as 32-bit numbers, pairs need no shuffle to come apart. So a Vec that was read from one
-// type is combined with and written to that type alone.
+// type is combined with and written to that type alone, unless it goes through joined() (bfloat16's order becomes
+// fp32's) or parted() (the other way).
 #pragma once
 
 #include <cstring>
@@ -36,6 +37,12 @@ struct Vec {
   template <class T>
   void stream(T* target) const {
     store(target);
+  }
+  Vec joined() const {
+    return *this;
+  }
+  Vec parted() const {
+    return *this;
   }
   Vec scaled(float factor) const {
     Vec out;
@@ -124,6 +131,16 @@ struct Vec {
   MOE_DIST_INLINE void stream(bf16* target) const {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(target), packed());
   }
+  MOE_DIST_INLINE Vec joined() const {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    return {_mm512_permutex2var_ps(a, low, b), _mm512_permutex2var_ps(a, high, b)};
+  }
+  MOE_DIST_INLINE Vec parted() const {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    return {_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, odd, b)};
+  }
   MOE_DIST_INLINE Vec scaled(float factor) const {
     const __m512 wide = _mm512_set1_ps(factor);
     return {_mm512_mul_ps(a, wide), _mm512_mul_ps(b, wide)};
@@ -211,6 +228,16 @@ struct Vec {
   }
   MOE_DIST_INLINE void stream(bf16* target) const {
     _mm256_stream_si256(reinterpret_cast<__m256i*>(target), packed());
+  }
+  MOE_DIST_INLINE Vec joined() const {
+    const __m256 low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
+    return {_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)};
+  }
+  MOE_DIST_INLINE Vec parted() const {
+    return {in_order(_mm256_shuffle_ps(a, b, 0x88)), in_order(_mm256_shuffle_ps(a, b, 0xdd))};
+  }
+  MOE_DIST_INLINE static __m256 in_order(__m256 pairs) {  // the pairs 0, 2, 1, 3 of lanes
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(pairs), 0xd8));
   }
   MOE_DIST_INLINE Vec scaled(float factor) const {
     const __m256 wide = _mm256_set1_ps(factor);

@@ -1,14 +1,14 @@
 """The four passes under permute and unpermute, and the choice of what runs them.
 
-Each takes preallocated outputs (`out=`) and knows nothing of autograd; shapes and dtypes are in `reference`.
-permute's backward is `unpermute` without probabilities.
+Each takes preallocated outputs (`out=`), or the dtype of the outputs (`dtype=`; None: that of the input), and knows
+nothing of autograd; shapes and dtypes are in `reference`. permute's backward is `unpermute` without probabilities.
 """
 
 import torch
 
 from moe_dist.ops import kernels, native, reference
 
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+_NATIVE_DTYPES = {torch.float32, torch.bfloat16}
 _MAX_CUDA_EXPERTS = 8192  # the CUDA row map keeps a counter for each expert in shared memory
 
 
@@ -23,26 +23,29 @@ def backend(device="cpu") -> str:
     return "cpp" if kind == "cpu" and native.has_cpu() else "torch"
 
 
-def _choose(tensor):
-    native_runs = tensor.dtype in _NATIVE_DTYPES and backend(tensor.device) != "torch"
-    return kernels if native_runs else reference
+def _choose(tensor, plan, dtype, out):
+    dtypes = {tensor.dtype, out.dtype if out is not None else dtype or tensor.dtype}
+    kind = backend(tensor.device)
+    if kind == "cuda" and (len(dtypes) > 1 or plan.align > 1):  # no kernels for casts and pad rows there yet
+        return reference
+    return kernels if kind != "torch" and dtypes <= _NATIVE_DTYPES else reference
 
 
-def row_map(ids_TK, num_experts, num_rows=None):
+def row_map(ids_TK, num_experts, num_rows=None, align=1):
     kind = backend(ids_TK.device)
-    native_runs = kind == "cpp" or (kind == "cuda" and num_experts <= _MAX_CUDA_EXPERTS)
-    return (kernels if native_runs else reference).row_map(ids_TK, num_experts, num_rows)
+    native_runs = kind == "cpp" or (kind == "cuda" and num_experts <= _MAX_CUDA_EXPERTS and align == 1)
+    return (kernels if native_runs else reference).row_map(ids_TK, num_experts, num_rows, align)
 
 
-def permute(x_TH, plan, *, out=None):
-    return _choose(x_TH).permute(x_TH, plan, out=out)
+def permute(x_TH, plan, *, dtype=None, out=None):
+    return _choose(x_TH, plan, dtype, out).permute(x_TH, plan, dtype=dtype, out=out)
 
 
-def unpermute(rows_NH, plan, probs_TK=None, *, out=None):
-    return _choose(rows_NH).unpermute(rows_NH, plan, probs_TK, out=out)
+def unpermute(rows_NH, plan, probs_TK=None, *, dtype=None, out=None):
+    return _choose(rows_NH, plan, dtype, out).unpermute(rows_NH, plan, probs_TK, dtype=dtype, out=out)
 
 
-def unpermute_backward(dy_TH, plan, *, probs_TK=None, rows_NH=None, out=None, out_probs=None):
-    return _choose(dy_TH).unpermute_backward(
-        dy_TH, plan, probs_TK=probs_TK, rows_NH=rows_NH, out=out, out_probs=out_probs
+def unpermute_backward(dy_TH, plan, *, probs_TK=None, rows_NH=None, dtype=None, out=None, out_probs=None):
+    return _choose(dy_TH, plan, dtype, out).unpermute_backward(
+        dy_TH, plan, probs_TK=probs_TK, rows_NH=rows_NH, dtype=dtype, out=out, out_probs=out_probs
     )

@@ -13,22 +13,26 @@ from tests.ops.cases import draw_ids, relative_error
 needs_native = pytest.mark.skipif(not native.has_cpu(), reason=native.status())
 
 
-def run_passes(dtype, tokens=2048, k=4, experts=16, hidden=640, misalign=0):
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def run_passes(dtype, rows_dtype, tokens=2048, k=4, experts=16, hidden=640, misalign=0):
     """All four passes -> list of outputs. `misalign` moves the outputs off a cache line by so many elements."""
     generator = torch.Generator().manual_seed(1)
 
-    def draw(*shape):
+    def draw(*shape, dtype):
         return torch.randn(shape, generator=generator).to(dtype)
 
-    def output(length, width, dtype=dtype):
+    def output(length, width, dtype):
         return torch.empty(misalign + length * width, dtype=dtype)[misalign:].view(length, width)
 
     ids_TK = draw_ids(tokens, k, experts, "dropped")
     plan = RowPlan(*kernels.row_map(ids_TK, experts), experts)
-    x_TH, dy_TH, rows_NH = draw(tokens, hidden), draw(tokens, hidden), draw(plan.num_rows, hidden)
+    x_TH, dy_TH = draw(tokens, hidden, dtype=dtype), draw(tokens, hidden, dtype=dtype)
+    rows_NH = draw(plan.num_rows, hidden, dtype=rows_dtype)
     probs_TK = torch.rand(tokens, k, generator=generator)
-    rows_out, y_out = output(plan.num_rows, hidden), output(tokens, hidden)
-    drows_out, dprobs_out = output(plan.num_rows, hidden), output(tokens, k, torch.float32)
+    rows_out, y_out = output(plan.num_rows, hidden, rows_dtype), output(tokens, hidden, dtype)
+    drows_out, dprobs_out = output(plan.num_rows, hidden, rows_dtype), output(tokens, k, torch.float32)
     kernels.permute(x_TH, plan, out=rows_out)
     kernels.unpermute(rows_NH, plan, probs_TK, out=y_out)
     kernels.unpermute_backward(dy_TH, plan, probs_TK=probs_TK, rows_NH=rows_NH, out=drows_out, out_probs=dprobs_out)
@@ -36,14 +40,15 @@ def run_passes(dtype, tokens=2048, k=4, experts=16, hidden=640, misalign=0):
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_threads_change_no_bit(dtype):
+@pytest.mark.parametrize("rows_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_change_no_bit(dtype, rows_dtype):
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(run_passes(dtype))
+            results.append(run_passes(dtype, rows_dtype))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -66,10 +71,11 @@ def test_a_large_row_map_is_cut_into_chunks(threads):
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_streaming_stores_change_no_bit(dtype):
+@pytest.mark.parametrize("rows_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_streaming_stores_change_no_bit(dtype, rows_dtype):
     """Outputs that start on a cache line are streamed at this size, those that do not are stored plainly."""
-    streamed, plain = run_passes(dtype), run_passes(dtype, misalign=1)
+    streamed, plain = run_passes(dtype, rows_dtype), run_passes(dtype, rows_dtype, misalign=1)
     assert streamed[3].numel() * streamed[3].element_size() > 6 << 20
     for a, b in zip(streamed, plain, strict=True):
         assert torch.equal(a, b)
@@ -101,22 +107,24 @@ from moe_dist.ops import RowPlan, kernels, native, reference
 from tests.ops.cases import draw_ids, relative_error
 assert native.has_cpu() and torch.ops.moe_dist.instruction_set() == sys.argv[1]
 torch.manual_seed(0)
-for dtype, bound in ((torch.float32, 3e-7), (torch.bfloat16, 4e-4)):
-    for tokens, hidden in ((50, 1), (50, 77), (30, 256), (1500, 1024)):
+f32, bf16 = torch.float32, torch.bfloat16
+bound = {f32: 3e-7, bf16: 4e-4}
+for outer, inner in ((f32, f32), (bf16, bf16), (f32, bf16), (bf16, f32)):
+    for tokens, hidden, align in ((50, 1, 4), (50, 77, 1), (30, 256, 16), (1500, 1024, 8)):
         ids = draw_ids(tokens, 3, 8, "dropped")
-        plan = RowPlan(*kernels.row_map(ids, 8), 8)
-        for a, b in zip(kernels.row_map(ids, 8), reference.row_map(ids, 8), strict=True):
+        plan = RowPlan(*kernels.row_map(ids, 8, None, align), 8, align)
+        for a, b in zip(kernels.row_map(ids, 8, None, align), reference.row_map(ids, 8, None, align), strict=True):
             assert torch.equal(a, b)
-        x, dy = torch.randn(tokens, hidden).to(dtype), torch.randn(tokens, hidden).to(dtype)
-        rows, probs = torch.randn(plan.num_rows, hidden).to(dtype), torch.rand(tokens, 3)
+        x, dy = torch.randn(tokens, hidden).to(outer), torch.randn(tokens, hidden).to(outer)
+        rows, probs = torch.randn(plan.num_rows, hidden).to(inner), torch.rand(tokens, 3)
         rows[0, 0] = float("nan")
-        assert torch.equal(kernels.permute(x, plan), reference.permute(x, plan))
-        a, b = kernels.unpermute(rows, plan, probs), reference.unpermute(rows, plan, probs)
+        assert torch.equal(kernels.permute(x, plan, dtype=inner), reference.permute(x, plan, dtype=inner))
+        a, b = (module.unpermute(rows, plan, probs, dtype=outer) for module in (kernels, reference))
         assert torch.equal(a.isnan(), b.isnan()) and a.isnan().sum() == 1
-        assert relative_error(a.nan_to_num(), b.nan_to_num()) < bound
+        assert relative_error(a.nan_to_num(), b.nan_to_num()) < bound[outer]
         rows[0, 0] = 1.0
-        a = kernels.unpermute_backward(dy, plan, probs_TK=probs, rows_NH=rows)
-        b = reference.unpermute_backward(dy, plan, probs_TK=probs, rows_NH=rows)
+        options = {"probs_TK": probs, "rows_NH": rows, "dtype": inner}
+        a, b = (module.unpermute_backward(dy, plan, **options) for module in (kernels, reference))
         assert torch.equal(a[0], b[0]) and relative_error(a[1], b[1]) < 3e-7
 print("equal")
 """

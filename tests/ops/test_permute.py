@@ -38,6 +38,66 @@ def test_row_plan_is_a_stable_sort(backend, routing, dtype):
     assert (plan.num_rows, plan.num_dropped) == (len(slots), tokens * k - len(slots))
 
 
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("align", [2, 16, 100])
+def test_aligned_rows_are_the_same_rows_further_apart(backend, routing, align):
+    tokens, k, experts, kind = ROUTINGS[routing]
+    ids_TK = draw_ids(tokens, k, experts, kind)
+    plain, plan = row_plan(ids_TK, num_experts=experts), row_plan(ids_TK, num_experts=experts, align=align)
+    starts, counts = plan.starts_E.tolist(), plan.counts_E.tolist()
+    assert torch.equal(plan.counts_E, plain.counts_E)
+    assert plan.num_dropped == plain.num_dropped
+    assert all(start % align == 0 for start in [*starts, plan.num_rows])
+    assert plan.num_rows == sum(-(-count // align) * align for count in counts)
+    real = torch.zeros(plan.num_rows, dtype=torch.bool)
+    for start, count in zip(starts, counts, strict=True):
+        real[start : start + count] = True
+    assert torch.equal(plan.slot_of_row_N >= 0, real)
+    assert torch.equal(plan.slot_of_row_N[real], plain.slot_of_row_N)
+    kept = plan.row_of_slot_TK >= 0
+    assert torch.equal(kept, ids_TK >= 0)
+    slots = torch.arange(tokens * k, dtype=torch.int32).view(tokens, k)
+    assert torch.equal(plan.slot_of_row_N[plan.row_of_slot_TK[kept].long()], slots[kept])
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pad_rows_are_zeros_and_never_read(backend, routing, dtype):
+    tokens, k, experts, kind = ROUTINGS[routing]
+    ids_TK = draw_ids(tokens, k, experts, kind)
+    plain, plan = row_plan(ids_TK, num_experts=experts), row_plan(ids_TK, num_experts=experts, align=8)
+    real = plan.slot_of_row_N >= 0
+    x_TH, dy_TH, probs_TK = torch.randn(tokens, 70), torch.randn(tokens, 70), torch.rand(tokens, k)
+
+    def garbage(dtype):
+        return torch.full((plan.num_rows, 70), float("nan"), dtype=dtype)
+
+    rows_NH = passes.permute(x_TH, plan, out=garbage(dtype))
+    assert torch.equal(rows_NH[real], passes.permute(x_TH, plain, dtype=dtype))
+    assert torch.equal(rows_NH[~real], torch.zeros(int((~real).sum()), 70, dtype=dtype))
+    rows_NH[~real] = float("nan")
+    y_TH = passes.unpermute(rows_NH, plan, probs_TK, dtype=torch.float32)
+    assert torch.equal(y_TH, passes.unpermute(rows_NH[real], plain, probs_TK, dtype=torch.float32))
+    drows, dprobs = passes.unpermute_backward(dy_TH, plan, probs_TK=probs_TK, rows_NH=rows_NH, out=garbage(dtype))
+    want = passes.unpermute_backward(dy_TH, plain, probs_TK=probs_TK, rows_NH=rows_NH[real], dtype=dtype)
+    assert torch.equal(drows[real], want[0])
+    assert not drows[~real].any()
+    assert torch.equal(dprobs, want[1])
+
+
+def test_autograd_through_aligned_rows(backend):
+    ids_TK = draw_ids(41, 4, 8, "dropped")
+    results = []
+    for align in (1, 16):
+        torch.manual_seed(0)
+        x_TH, probs_TK = torch.randn(41, 30, requires_grad=True), torch.rand(41, 4, requires_grad=True)
+        rows_NH, plan = permute(x_TH, ids_TK, num_experts=8, align=align)
+        y_TH = unpermute(rows_NH.exp(), plan, probs_TK)  # pad rows: exp(0), which must not count
+        y_TH.backward(torch.randn(41, 30))
+        results.append((y_TH.detach(), x_TH.grad, probs_TK.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("view", ["transposed", "every other", "expanded"])
 def test_row_plan_takes_ids_of_any_strides(backend, view):
     ids_TK = draw_ids(40, 4, 8, "dropped")
@@ -99,6 +159,48 @@ def test_bfloat16_is_rounded_once(backend, hidden):
     torch.testing.assert_close(y_TH.detach().double(), want["y"], rtol=2**-8, atol=1e-6)
     assert relative_error(x_TH.grad, want["dx"]) < 2**-8  # rounded twice: each row's gradient, then their sum
     assert relative_error(probs_TK.grad, want["dprobs"]) < 4e-7
+
+
+@pytest.mark.parametrize("hidden", [1, 31, 64, 100, 129])
+@pytest.mark.parametrize(("wide", "narrow"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_casts_on_the_way(backend, wide, narrow, hidden):
+    """`wide` outside, `narrow` between permute and unpermute: forward and backward, each rounded once."""
+    tokens, k, experts = 60, 4, 8
+    ids_TK = draw_ids(tokens, k, experts, "dropped")
+    x_TH = torch.randn(tokens, hidden).to(wide).requires_grad_()
+    probs_TK = torch.rand(tokens, k, requires_grad=True)
+    rows_NH, plan = permute(x_TH, ids_TK, num_experts=experts, dtype=narrow)
+    y_TH = unpermute(rows_NH, plan, probs_TK, dtype=wide)
+    dy_TH = torch.randn(tokens, hidden).to(wide)
+    y_TH.backward(dy_TH)
+
+    assert (rows_NH.dtype, y_TH.dtype, x_TH.grad.dtype) == (narrow, wide, wide)
+    assert torch.equal(rows_NH, permute_rows(x_TH.detach().to(narrow), plan))
+    given = rows_NH.detach().double()
+    want = oracle(x_TH.detach(), ids_TK, probs_TK, torch.ones(rows_NH.shape), dy_TH)
+    want_y, want_dprobs = torch.zeros_like(want["y"]), torch.zeros_like(want["dprobs"])
+    drows = torch.zeros_like(given)
+    for row, slot in enumerate(plan.slot_of_row_N.tolist()):
+        t, j = divmod(slot, k)
+        want_y[t] += probs_TK[t, j].double() * given[row]
+        want_dprobs[t, j] = dy_TH[t].double() @ given[row]
+        drows[row] = (probs_TK[t, j] * dy_TH[t].float()).to(narrow).double()
+    want_dx = torch.zeros_like(want["dx"]).index_add_(0, plan.slot_of_row_N.long() // k, drows)
+    once = 2**-8 if wide == torch.bfloat16 else 4e-7
+    torch.testing.assert_close(y_TH.detach().double(), want_y, rtol=once, atol=1e-6)
+    torch.testing.assert_close(x_TH.grad.double(), want_dx, rtol=once, atol=1e-6)
+    assert relative_error(probs_TK.grad, want_dprobs) < 4e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_casts_to_dtypes_that_no_kernel_knows(backend, dtype):
+    x_TH, ids_TK = torch.randn(6, 8, requires_grad=True), draw_ids(6, 2, 4, "distinct")
+    rows_NH, plan = permute(x_TH, ids_TK, num_experts=4, dtype=dtype, align=4)
+    y_TH = unpermute(rows_NH, plan, dtype=torch.float32)
+    y_TH.sum().backward()
+    assert (rows_NH.dtype, y_TH.dtype, x_TH.grad.dtype) == (dtype, torch.float32, torch.float32)
+    torch.testing.assert_close(y_TH, 2 * x_TH.detach().to(dtype).float())
+    assert torch.equal(x_TH.grad, torch.full((6, 8), 2.0))
 
 
 @pytest.mark.parametrize("kind", ["distinct", "dropped", "hot"])
@@ -221,6 +323,8 @@ def test_wrong_arguments_are_refused(backend):
             row_plan(bad, num_experts=2)
     with pytest.raises(ValueError, match="num_experts must be at least 1"):
         row_plan(ids_TK, num_experts=0)
+    with pytest.raises(ValueError, match="align must be at least 1"):
+        row_plan(ids_TK, num_experts=2, align=0)
     plan = row_plan(ids_TK, num_experts=2)
     with pytest.raises(ValueError, match=r"x must be .* \[4, hidden\]"):
         permute_rows(torch.randn(5, 3), plan)
@@ -236,3 +340,5 @@ def test_more_slots_than_row_numbers_are_refused():
     ids_TK = torch.zeros(1, 1, dtype=torch.int64).expand(2**30, 2)  # a view: no memory behind it
     with pytest.raises(ValueError, match="do not fit into 32-bit row numbers"):
         row_plan(ids_TK, num_experts=1)
+    with pytest.raises(ValueError, match="do not fit into 32-bit row numbers"):
+        row_plan(ids_TK[:1], num_experts=2**20, align=2**12)
