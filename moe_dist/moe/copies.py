@@ -69,9 +69,9 @@ class Copies:
         # Dropped slots count as one expert more: so the number of rows is known, and no device is asked for it.
         experts = len(position_E)
         plan = row_plan(ids_TK.masked_fill(dropped_TK, experts), num_experts=experts + 1, num_rows=ids_TK.numel())
-        first_E = plan.counts_E.cumsum(0) - plan.counts_E
-        number_TK = plan.row_of_slot_TK - first_E[known_TK]
-        bucket_TK = (number_TK * STRIDE + starts_E[known_TK]) & (BUCKETS - 1)
+        first_E = (plan.counts_E.cumsum(0) - plan.counts_E)[:-1]
+        # The number of a slot among those of its expert is its row less the expert's first.
+        bucket_TK = (plan.row_of_slot_TK * STRIDE + (starts_E - first_E * STRIDE)[known_TK]) & (BUCKETS - 1)
         return torch.where(dropped_TK, ids_TK, bucket_places[known_TK, bucket_TK].long())
 
     def _on(self, device: torch.device) -> tuple[torch.Tensor | None, ...]:
@@ -109,8 +109,8 @@ def _shares(fractions: dict[int, float], node_of: Sequence[int]) -> tuple[list[i
             return
         sent = np.outer(left_P[sources] / supply, wanted_C[copies] / demand) * amount
         share_PC[np.ix_(sources, copies)] += sent
-        left_P[sources] -= sent.sum(axis=1)
-        wanted_C[copies] -= sent.sum(axis=0)
+        left_P[sources] = np.maximum(left_P[sources] - sent.sum(axis=1), 0.0)  # rounding must not leave less than none
+        wanted_C[copies] = np.maximum(wanted_C[copies] - sent.sum(axis=0), 0.0)
 
     for copy, holder in enumerate(holders):
         send([holder], [copy])

@@ -117,8 +117,8 @@ class _Flow:
             )
             height = (beyond + sum(heights[:count])) / count
             for rank, low in zip(rising[:count], heights, strict=False):
-                parts[rank] += height - low
-                self.total_P[rank] += height - low
+                parts[rank] += max(0.0, height - low)
+                self.total_P[rank] += max(0.0, height - low)
 
     def _push(self, expert: int, came_from: dict[int, tuple[int | None, int]], end: int) -> None:
         amount, path, rank = min(self.missing[expert], self.level - self.total_P[end]), [], end
@@ -132,6 +132,6 @@ class _Flow:
         for before, moved, rank in path:
             self.parts[moved][rank] += amount
             if before is not None:
-                self.parts[moved][before] -= amount
+                self.parts[moved][before] = max(0.0, self.parts[moved][before] - amount)
         self.total_P[end] += amount
         self.missing[expert] -= amount
