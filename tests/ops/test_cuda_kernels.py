@@ -193,7 +193,10 @@ def check_data_movement(kernels, ids_TK, experts, hidden, dtype):
 
 
 # widths: part of a warp, a warp, several warps that share a row, and more packs than threads
-@pytest.mark.parametrize(("rows", "width"), [(0, 8), (5, 1), (3, 7), (70, 24), (9, 100), (6, 576), (2, 2100), (2, 4608)])
+WIDTHS = [(0, 8), (5, 1), (3, 7), (70, 24), (9, 100), (6, 576), (2, 2100), (2, 4608)]
+
+
+@pytest.mark.parametrize(("rows", "width"), WIDTHS)
 @pytest.mark.parametrize("factored", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_swiglu(kernels, rows, width, dtype, factored):
