@@ -85,9 +85,8 @@ def expected_flows(
         rows_P = on_rank_PE @ draw.inclusion_E
         return [np.tile(rows_P, (group.ranks, 1))]
     hit_P = draw.hit(on_rank_PE)
-    if dispatcher == "dedup":
+    if not _two_hops(dispatcher, group):
         return [np.tile(hit_P, (group.ranks, 1))]
-    assert dispatcher == "node", dispatcher
     nodes = group.node_P[-1] + 1
     node_NE = np.add.reduceat(on_rank_PE, np.arange(0, group.ranks, group.node_size), axis=0)
     hit_node_P = draw.hit(node_NE > 0)[group.node_P]
@@ -113,7 +112,7 @@ def counted_flows(dispatcher: str, group: Group, ids: Sequence[np.ndarray]) -> l
         at_node_TN = np.logical_or.reduceat(hit_TP, np.arange(0, group.ranks, group.node_size), axis=1)
         across_PP[source] = (_same_local(group)[source] * at_node_TN.sum(0)[group.node_P]).astype(np.int64)
         np.add.at(inside_PP, (arriving_P, np.arange(group.ranks)), flow_PP[source])
-    return [across_PP, inside_PP] if dispatcher == "node" else [flow_PP]
+    return [across_PP, inside_PP] if _two_hops(dispatcher, group) else [flow_PP]
 
 
 def rows_sent(flows: Sequence[np.ndarray], group: Group) -> Sent:
@@ -150,6 +149,12 @@ def step_bytes(
         partners_PP = 1 if len(flows) == 1 else (_same_node(group) if last else _same_local(group))
         total_PP += flow_PP * there + flow_PP.T * back + counts_P * partners_PP
     return _split(total_PP, group)
+
+
+def _two_hops(dispatcher: str, group: Group) -> bool:
+    """Nodes of one rank, or a single one, leave nothing to the second hop: the node form is then the same as dedup."""
+    assert dispatcher in ("alltoall", "dedup", "node"), dispatcher
+    return dispatcher == "node" and 1 < group.node_size < group.ranks
 
 
 def _split(sent_PP: np.ndarray, group: Group) -> Sent:
