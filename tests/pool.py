@@ -23,6 +23,7 @@ GRACE = 3.0  # seconds that the other ranks get after one has failed: they may b
 START = 300.0  # seconds for the slow imports, once, and for the ranks to meet
 
 
+STACK = signal.SIGRTMIN  # a training run takes the usual ones for itself
 PRELOAD = ["torch", "transformers.modeling_utils", "deepspeed", "moe_dist.train.loop"]
 
 
@@ -39,7 +40,7 @@ def free_port() -> int:
 def _serve(rank: int, world: int, port: int, pipe, log_path: str) -> None:
     log = open(log_path, "w")  # noqa: SIM115 - lives as long as the process
     faulthandler.enable(log)
-    faulthandler.register(signal.SIGUSR2, file=log)  # a training run takes SIGUSR1 for itself
+    faulthandler.register(STACK, file=log)
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -146,7 +147,7 @@ class RankPool:
             _, rank, trace = min(failures)
             return f"{what}: rank {rank} of {self.world} failed first:\n{trace}"
         for rank in silent:
-            os.kill(self.processes[rank].pid, signal.SIGUSR2)
+            os.kill(self.processes[rank].pid, STACK)
         time.sleep(0.5)
         stacks = []
         for rank in silent:

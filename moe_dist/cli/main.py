@@ -6,6 +6,7 @@ Only the standard library is imported here; a verb imports what it needs when it
 import argparse
 import difflib
 import errno
+import faulthandler
 import importlib
 import os
 import sys
@@ -13,8 +14,20 @@ import traceback
 from collections.abc import Sequence
 
 from moe_dist import __version__
-from moe_dist.errors import EXIT_OK, EXIT_POLICY, EXIT_TRANSIENT, EXIT_USER, PeerFailure, PolicyStop, UserError
+from moe_dist.errors import (
+    EXIT_OK,
+    EXIT_POLICY,
+    EXIT_TRANSIENT,
+    EXIT_USER,
+    HostFailure,
+    PeerFailure,
+    PolicyStop,
+    UserError,
+    is_peer_failure,
+)
+from moe_dist.launch.exit_file import leave_exit_code
 
+TEAR_DOWN = 30.0  # seconds that a rank which has failed may take to end
 VERBS = {
     "train": "train a model as a config file says",
     "run": "go through the stages of a recipe, each of them resumable",
@@ -22,6 +35,7 @@ VERBS = {
     "export": "write a run or a checkpoint as a Hugging Face folder",
     "inspect": "look at a run: tables, plots, and one page of them",
     "ckpt": "list and verify checkpoints",
+    "preflight": "check the ranks of a run, their network and the room for it",
     "launch": "start a run under SLURM: a complete batch script from the config",
     "doctor": "check this machine and the installation",
     "esft": "train only the experts that a task uses: score, select, adapter, merge",
@@ -52,8 +66,10 @@ Exit codes: 0 done, 2 wrong input, 85 stopped with a checkpoint saved, 86 transi
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code. `argv` without the program's name; sys.argv by default."""
+    """Run the command line; the exit code. `argv` without the program's name; sys.argv by default, of a process that
+    ends with this."""
     code = EXIT_USER
+    leave = _leave if argv is None else leave_exit_code
     try:
         code = _main(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
@@ -64,13 +80,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PeerFailure as error:
         _say(f"ended, since another rank failed: {error}")
         code = EXIT_TRANSIENT
+    except HostFailure as error:
+        _say(f"error: {error}")
+        code = EXIT_TRANSIENT
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader, `head` say, has what it wanted
         code = EXIT_OK
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             code = 1
-            _leave_exit_code(code)
+            leave(code)
             raise
         place = f" at {error.filename}" if error.filename else ""
         _say(f"error: no disk space left{place}: free some, then start the same command again")
@@ -80,13 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse
         code = stop.code if isinstance(stop.code, int) else EXIT_USER
     except Exception as error:
-        code = EXIT_TRANSIENT if _is_transient(error) else 1
+        code = EXIT_TRANSIENT if is_peer_failure(error) else 1
         if code == 1:
-            _leave_exit_code(code)
+            leave(code)
             raise
         traceback.print_exc()
         _say("another rank or the network failed: start the same command again to continue")
-    _leave_exit_code(code)
+    leave(code)
     return code
 
 
@@ -139,12 +158,11 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; `{self.prog} --help` says more")
 
 
-def _is_transient(error: Exception) -> bool:
-    """Whether a collective failed because a peer or the network went away. Does not import torch."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_available() and isinstance(error, torch.distributed.DistError):
-        return True
-    return isinstance(error, RuntimeError) and "gloo" in str(error) and "onnection" in str(error)
+def _leave(code: int) -> None:
+    """Leave the exit code, and see to it that a failed rank ends: what is torn down may wait for lost ranks."""
+    leave_exit_code(code)
+    if code != EXIT_OK and os.environ.get("WORLD_SIZE", "1") != "1":
+        faulthandler.dump_traceback_later(TEAR_DOWN, exit=True)
 
 
 def take_local_rank(argv: Sequence[str]) -> tuple[list[str], int | None]:
@@ -167,14 +185,3 @@ def _say(message: str) -> None:
     """One message on stderr; ranks other than 0 say who they are."""
     rank = os.environ.get("RANK", "0")
     print(f"moe-dist: {message}" if rank == "0" else f"moe-dist [rank {rank}]: {message}", file=sys.stderr, flush=True)
-
-
-def _leave_exit_code(code: int) -> None:
-    """Tell the recipe that started us how we ended; the first failing rank counts, rank 0 speaks for success."""
-    path = os.environ.get("MOE_DIST_EXIT_FILE")
-    if path and (code != EXIT_OK or os.environ.get("RANK", "0") == "0"):
-        try:
-            with open(path, "x") as file:
-                file.write(str(code))
-        except OSError:
-            pass  # another rank was first, or the folder is gone: the launcher's own exit code is left

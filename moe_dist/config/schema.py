@@ -249,6 +249,22 @@ class LoggingSection:
 
 
 @dataclass
+class LaunchSection:
+    preflight: bool = key(True, "Several ranks: check hosts, network and disk before the model loads.", free=True)
+    join_timeout: float = key(300.0, "Seconds in which all ranks have to appear.", above=0, free=True)
+    hang_timeout: float | None = key(
+        None,
+        "Seconds without progress, anywhere, after which all ranks are ended; 0 = never. When absent 600, or 20 times "
+        "the slowest stretch of a step; 7200 for loading, tokenising and saving.",
+        low=0,
+        free=True,
+    )
+    check_replicas: int = key(
+        500, "Steps between checks that weights which ranks share are the same to the bit; 0 = never.", low=0, free=True
+    )
+
+
+@dataclass
 class RunConfig:
     run: RunSection = key(RunSection, "The run and its folder.")
     model: ModelSection = key(ModelSection, "The model to start from.")
@@ -259,4 +275,5 @@ class RunConfig:
     trainable: TrainableSection = key(TrainableSection, "What trains and what is frozen.")
     lora: LoraSection = key(LoraSection, "LoRA: small matrices that train beside a frozen dense model.")
     checkpoint: CheckpointSection = key(CheckpointSection, "When checkpoints are written.")
+    launch: LaunchSection = key(LaunchSection, "Meeting, watching and ending the ranks.")
     logging: LoggingSection = key(LoggingSection, "Where metrics go besides metrics.jsonl.")

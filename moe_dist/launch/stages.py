@@ -22,10 +22,8 @@ from moe_dist.config.recipe import Recipe, Stage, stage_hashes
 from moe_dist.data.made import MADE_FILE, begin, made
 from moe_dist.errors import EXIT_OK, UserError
 from moe_dist.launch.environment import free_port
+from moe_dist.launch.exit_file import EXIT_FILE
 from moe_dist.launch.processes import ask_to_stop, kill
-
-# The command line writes its exit code here: the deepspeed launcher ends with 0 when a rank dies of a signal.
-EXIT_FILE = "MOE_DIST_EXIT_FILE"
 
 
 def command(stage: Stage, *, port: int = 0) -> list[str]:

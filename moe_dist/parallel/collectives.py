@@ -3,8 +3,12 @@ cuts the graph, and the gradient of whatever went through it is lost without a w
 
 from __future__ import annotations
 
+import time
+
 import torch
 import torch.distributed as dist
+
+_waited = 0.0
 
 
 class _AllToAll(torch.autograd.Function):
@@ -30,11 +34,19 @@ def all_to_all(rows_NH: torch.Tensor, send: list[int], receive: list[int], group
 
 def exchange_rows(rows_NH: torch.Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> torch.Tensor:
     """The exchange of `all_to_all` without autograd (for integers and inside backward functions)."""
+    global _waited
     received_RH = rows_NH.new_empty((sum(receive), *rows_NH.shape[1:]))
+    start = time.perf_counter()
     dist.all_to_all_single(
         received_RH, rows_NH.contiguous(), output_split_sizes=receive, input_split_sizes=send, group=group
     )
+    _waited += time.perf_counter() - start
     return received_RH
+
+
+def waited() -> float:
+    """Seconds that this process has spent in exchanges so far: what a rank works is its time without them."""
+    return _waited
 
 
 def sum_over(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:

@@ -23,7 +23,7 @@ def describe(config: RunConfig, world_size: int) -> str:
     plan = plan_model(config, grid)
     settings = {"zero_stage": config.parallel.zero_stage, "precision": config.train.precision}
     lines.append(render(plan.skeleton, plan.selection, grid, **settings))
-    lines.append(_memory(config, plan, grid, **settings))
+    lines.append(_memory(config, plan, grid))
     return "\n\n".join(lines)
 
 
@@ -47,12 +47,13 @@ def _layout(config: RunConfig, grid: Grid) -> str:
     )
 
 
-def _memory(config: RunConfig, plan: ModelPlan, grid: Grid, *, zero_stage: int, precision: str) -> str:
+def memory_parts(config: RunConfig, plan: ModelPlan, grid: Grid) -> dict[str, int]:
     """Bytes of one rank that do not depend on the data: weights, gradients, optimizer, ZeRO's buffers.
 
     Gradients are fp32 for what trains. From ZeRO 2 on they are shared by the ranks that hold the same weights, at
     ZeRO 3 the weights are too.
     """
+    zero_stage, precision = config.parallel.zero_stage, config.train.precision
     table = rows(plan.skeleton, plan.selection).values()
     size = 2 if precision == "bf16" else 4
     share_weights = zero_stage == 3
@@ -69,6 +70,10 @@ def _memory(config: RunConfig, plan: ModelPlan, grid: Grid, *, zero_stage: int, 
     optimizer = sum(optimizer_bytes(row, grid, zero_stage=zero_stage, precision=precision) for row in table)
     trained = dense_trained + expert_trained
     buffers = 4 * min(config.parallel.reduce_bucket_size, trained) if zero_stage else 0
-    parts = {"weights": weights, "gradients": gradients, "optimizer": optimizer, "reduction buffer": buffers}
+    return {"weights": weights, "gradients": gradients, "optimizer": optimizer, "reduction buffer": buffers}
+
+
+def _memory(config: RunConfig, plan: ModelPlan, grid: Grid) -> str:
+    parts = memory_parts(config, plan, grid)
     listed = ", ".join(f"{name} {human_bytes(value)}" for name, value in parts.items())
     return f"memory   {human_bytes(sum(parts.values()))} a rank before activations: {listed}"

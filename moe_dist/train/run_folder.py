@@ -93,16 +93,21 @@ def _check_same(config: RunConfig, folder: Path) -> None:
         )
 
 
-def environment(world: int) -> dict:
-    """Versions and place of the run, for env.json."""
-    versions = {}
+def versions() -> dict[str, str | None]:
+    """Of the packages that matter; None for one that is not installed."""
+    found = {}
     for package in PACKAGES:
         try:
-            versions[package] = metadata.version(package)
+            found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            versions[package] = None
+            found[package] = None
+    return found
+
+
+def environment(world: int) -> dict:
+    """Versions and place of the run, for env.json."""
     return {
-        "versions": versions,
+        "versions": versions(),
         "python": platform.python_version(),
         "host": socket.gethostname(),
         "platform": platform.platform(),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import socket
+import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -10,38 +14,113 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_dist.errors import UserError
+from moe_dist.errors import HostFailure, UserError
 from moe_dist.launch.environment import apply, gpu_of
 
 # Long enough for rank 0 to tokenise a data set while the others wait.
 TIMEOUT = timedelta(hours=2)
+SLOW_START = 45.0  # seconds after which rank 0 says for whom it waits
 
 
 def start_ranks() -> torch.device:
-    """Derive the rank environment, choose this rank's device, and form the process group if there are several ranks.
+    """Choose this rank's device and form the process group, if there are several ranks."""
+    device = choose_device()
+    form_group(device, store=meet())
+    return device
 
-    A GPU where there is one, each rank its own; the CPU otherwise, and where MOE_DIST_DEVICE=cpu asks for it.
-    """
+
+def choose_device() -> torch.device:
+    """Derive the rank environment and choose this rank's device: a GPU where there is one, each rank its own; the CPU
+    otherwise, and where MOE_DIST_DEVICE=cpu asks for it."""
     place = apply()
     device = torch.device("cpu")
     if torch.cuda.is_available() and os.environ.get("MOE_DIST_DEVICE") != "cpu":
         device = torch.device("cuda", gpu_of(place, visible=torch.cuda.device_count(), environ=os.environ))
         torch.cuda.set_device(device)
         os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the index of the device
-    form_group(device)
     return device
+
+
+def meet(*, name: str = "", timeout: float = 300.0) -> dist.Store | None:
+    """The store by which the ranks find each other, once all of them are there; None for a single rank.
+
+    name: says which run this is, so that a rank which reaches another job's store is not taken for one of ours.
+    timeout: seconds in which all ranks have to come. Raises HostFailure, which names those that have not.
+    """
+    world, rank = world_size(), int(os.environ.get("RANK", "0"))
+    if world == 1:
+        return None
+    if dist.is_initialized():
+        store = dist.distributed_c10d._get_default_store()
+        return dist.PrefixStore(f"start-{store.add(f'starts-{rank}', 1)}", store)
+    store = dist.PrefixStore(hashlib.sha256(name.encode()).hexdigest()[:16], _connect(rank, world, timeout))
+    store.set(f"came-{rank}", socket.gethostname())
+    end = time.monotonic() + timeout
+    told = time.monotonic() + SLOW_START
+    missing = list(range(world))
+    try:
+        while missing := [other for other in missing if not store.check([f"came-{other}"])]:
+            if time.monotonic() > end:
+                raise HostFailure(
+                    f"{len(missing)} of {world} ranks have not come within {timeout:.0f} s: {_some(missing)}. Look at "
+                    "the logs of their hosts: a process that did not start, a firewall, or the wrong network "
+                    "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME); launch.join_timeout is how long the others wait"
+                )
+            if rank == 0 and time.monotonic() > told:
+                told = float("inf")
+                print(f"moe-dist: still waiting for {_some(missing)} of {world}", file=sys.stderr, flush=True)
+            time.sleep(0.02 if time.monotonic() < told else 0.5)
+        if rank == 0:
+            store.set("all", "1")
+        store.wait(["all"], timedelta(seconds=timeout))
+    except RuntimeError as error:
+        if isinstance(error, HostFailure):
+            raise
+        raise HostFailure(f"rank 0 has gone while the ranks were meeting: {_first_line(error)}") from None
+    return store
+
+
+def _connect(rank: int, world: int, timeout: float) -> dist.Store:
+    """A connection to rank 0's store, or to that of torchrun."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serves = rank == 0 and not of_torchrun
+    try:
+        store = dist.TCPStore(
+            host, port, world, serves, timedelta(seconds=timeout), wait_for_workers=False, multi_tenant=True
+        )
+    except RuntimeError as error:
+        if serves:
+            raise HostFailure(
+                f"cannot listen on port {port} of {socket.gethostname()}, another program has it: choose another one "
+                f"(--master_port, MASTER_PORT). {_first_line(error)}"
+            ) from None
+        raise HostFailure(
+            f"rank 0 cannot be reached at {host}:{port} within {timeout:.0f} s: it did not start, a firewall, or the "
+            f"wrong address (MASTER_ADDR). {_first_line(error)}"
+        ) from None
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"moe-dist-{start}", store)
+
+
+def _some(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{', ...' * (len(ranks) > 8)}"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")[:200]
 
 
 def form_group(device: torch.device, *, store: dist.Store | None = None) -> None:
     """Make torch's default process group of the ranks that the environment names, if there are several and none yet.
 
-    store: how they find each other; the launcher's when absent.
+    store: how they find each other (see `meet`).
     """
     world, rank = world_size(), int(os.environ.get("RANK", "0"))
     if world > 1 and not dist.is_initialized():
+        assert store is not None
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        where = {} if store is None else {"store": store, "rank": rank, "world_size": world}
-        dist.init_process_group(backend, timeout=TIMEOUT, **where)
+        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=world)
 
 
 def world_size() -> int:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
+# Cancelling and preempting send several signals at once; only the same one again, later, means "now".
+INSIST = 2.0
 
 
 class StopFlag:
-    """Context in which SIGTERM, SIGUSR1 and Ctrl-C set `requested`; a second Ctrl-C interrupts at once.
+    """Context in which SIGTERM, SIGUSR1, SIGUSR2, SIGHUP and Ctrl-C set `requested`.
+
+    A second Ctrl-C interrupts at once, and so does any of the others that comes again after INSIST seconds. SIGHUP
+    stays ignored under nohup.
 
     file: a path whose existence asks as well, where signals do not reach the ranks: those of the deepspeed launcher on
     other machines, say. Within another such context it starts with what that one has been asked.
@@ -18,6 +24,7 @@ class StopFlag:
 
     def __init__(self, file: Path | None = None) -> None:
         self._signalled = False
+        self._came: dict[int, float] = {}
         self._file = file
 
     @property
@@ -25,7 +32,8 @@ class StopFlag:
         return self._signalled or (self._file is not None and self._file.exists())
 
     def __enter__(self) -> StopFlag:
-        self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        ours = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._on_signal) for number in ours}
         outer = getattr(self._previous[signal.SIGTERM], "__self__", None)
         self._signalled = isinstance(outer, StopFlag) and outer.requested
         return self
@@ -35,6 +43,7 @@ class StopFlag:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._signalled and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        first = self._came.setdefault(number, time.monotonic())
+        if self._signalled and (number == signal.SIGINT or time.monotonic() - first > INSIST):
+            raise KeyboardInterrupt(f"a second {signal.Signals(number).name}")
         self._signalled = True

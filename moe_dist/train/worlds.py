@@ -131,8 +131,7 @@ def split(count: int, device: torch.device) -> Iterator[Worlds]:
             yield worlds
             worlds.wait(store, world)
     except BaseException as error:
-        if not isinstance(error, PeerFailure):
-            watch.tell(_FAILED, f"{watch.label}: {error or type(error).__name__}")
+        watch.tell(_FAILED, f"{watch.label}: {error or type(error).__name__}")
         if rank == 0:
             time.sleep(3 * LOOK)  # the store lives here: let the others hear of it
         raise

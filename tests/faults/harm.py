@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import time
 
@@ -23,7 +24,7 @@ def _memory():
 
 
 def _hold_the_gil():
-    ctypes.PyDLL(None).sleep(3600)
+    re.match("(a+)+$", "a" * 64 + "b")  # backtracks for years, in C
 
 
 # name -> (what happens, what the line about it has to say)
@@ -43,7 +44,7 @@ STACKLESS = ("kill", "exit", "stop")
 PLACES = {
     "loading": "loading the model",
     "data": "reading a batch",
-    "forward": "step 3, forward",
+    "forward": "step 2, forward",
     "backward": "backward",
     "checkpoint": "saving",
     "evaluation": "evaluation",
@@ -51,7 +52,7 @@ PLACES = {
 
 
 def harm(rank: int, victim: int, kind: str, place: str) -> None:
-    """On the victim: have it happen there, in the third step or at the first time after it."""
+    """On the victim: have it happen there, early in the run."""
     if rank != victim:
         return
     act, _ = KINDS[kind]
@@ -62,7 +63,7 @@ def harm(rank: int, victim: int, kind: str, place: str) -> None:
     elif place == "forward":
         _before(loop, "label_loss_sum", act, 3)
     elif place == "checkpoint":
-        _before(writer._Save, "_check_coverage" if rank == 0 else "run", act, 1)
+        _before(writer._Save, "write", act, 1)
     elif place == "evaluation":
         _before(loop, "held_out", act, 1)
     elif place == "backward":
