@@ -130,7 +130,8 @@ def guarded(
             faulthandler.unregister(signal.SIGQUIT)
             faulthandler.disable()
             if was_enabled:
-                faulthandler.enable()
+                with contextlib.suppress(OSError):  # whoever called may have put something else in stderr's place
+                    faulthandler.enable()
 
 
 def _start(memory, stacks, rank, world, local_rank, store, run_dir, hang_timeout) -> _Watched:
