@@ -176,8 +176,8 @@ def write(file: Path, results: dict) -> None:
     if "copy" in results:
         lines.append(f"- copy of this device, bytes read and written: {results['copy']} GB/s")
     lines.append(
-        "\n`ratio` is peer / ours in time: above 1 is better for us; beside a copy it is the share of the copy's "
-        "speed. Medians, in brackets the first and the third quartile; on a GPU with the L2 cache overwritten before each.\n"
+        "\n`ratio` is peer / ours in time: above 1 is better for us; beside a copy it is the share of its speed.\n"
+        "Medians, in brackets the first and the third quartile; on a GPU with the L2 cache overwritten before each.\n"
     )
     lines += [f"- {line}" for line in results.get("goals", [])] + [""]
     lines += [HEAD + "\n".join(shown(row) for row in results["rows"])]

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "bf16.h"
 #include "permute.h"
@@ -23,6 +24,9 @@ namespace cuda {
 constexpr int kWarp = 32;
 constexpr int kBlock = 256;
 constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Makes the pad rows zero, where there may be any (pad_rows_cuda.cu).
+void zero_pad_rows(const Slots& slots, Matrix rows, int64_t row_bytes, cudaStream_t stream);
 
 inline const char* launched() {
   const cudaError_t error = cudaGetLastError();
@@ -130,6 +134,17 @@ __device__ inline Pack<T, kCount> from_floats(const float (&in)[kCount]) {
   return out;
 }
 
+template <class To, class From, int kCount>
+__device__ inline Pack<To, kCount> cast(const Pack<From, kCount>& pack) {
+  if constexpr (std::is_same_v<From, To>) {
+    return pack;
+  } else {
+    float value[kCount];
+    to_floats(pack, value);
+    return from_floats<To>(value);
+  }
+}
+
 // ---- How a matrix is laid over threads -----------------------------------------------------------------------------
 
 // blockDim.x threads take the packs of a row and blockDim.y rows share a block. A row of more than kBlock packs goes
@@ -166,11 +181,21 @@ struct Number {
   static constexpr int value = kValue;
 };
 
-// Calls body with T's stand-in for the dtype.
+// Calls body with a value of the type that the dtype stands for.
 template <class F>
 void with_dtype(Dtype dtype, const F& body) {
   return dtype == Dtype::f32 ? body(float{}) : body(bf16{});
 }
+
+// Calls body with one for each of two dtypes.
+template <class F>
+void with_dtypes(Dtype from, Dtype to, const F& body) {
+  with_dtype(from, [&](auto source) { with_dtype(to, [&](auto target) { body(source, target); }); });
+}
+
+// The larger of two element types: what limits how many elements a pack holds.
+template <class A, class B>
+using Wider = std::conditional_t<(sizeof(A) > sizeof(B)), A, B>;
 
 // The largest access, a power of two up to 16 bytes, at which this matrix can be read or written.
 inline int access_bytes(Matrix matrix) {
@@ -183,8 +208,8 @@ int pack_elements(Matrix matrix) {
   return access_bytes(matrix) / static_cast<int>(sizeof(T));
 }
 
-// Calls body with the elements of a pack as a compile-time number: a divisor of `columns`, at most `limit`, which is at
-// most 16 bytes of the widest element type T.
+// Calls body with the elements of a pack as a compile-time number: a divisor of `columns`, at most `limit`, and no more
+// than 16 bytes of T hold.
 template <class T, class F>
 void with_pack(int limit, int64_t columns, const F& body) {
   if constexpr (sizeof(T) == 2) {

@@ -91,6 +91,11 @@ RowMap row_map_of(const Tensor& counts, const Tensor& row_of_slot, const Tensor&
       static_cast<int32_t*>(slot_of_row.data_ptr()), static_cast<int64_t*>(status.data_ptr())};
 }
 
+void check_room(const Tensor& ids, int64_t num_experts, int64_t align, const Tensor& slot_of_row) {
+  STD_TORCH_CHECK(
+      slot_of_row.numel() >= ids.numel() + std::min(num_experts, ids.numel()) * (align - 1), "room for the pad rows");
+}
+
 void check_widths(const Tensor& a, const Tensor& b) {
   STD_TORCH_CHECK(a.size(1) == b.size(1), "input and output differ in width");
 }
@@ -109,8 +114,7 @@ namespace on_cpu {
 void row_map(
     Tensor ids, int64_t num_experts, int64_t align, int64_t, Tensor counts, Tensor row_of_slot, Tensor slot_of_row,
     Tensor status) {
-  STD_TORCH_CHECK(
-      slot_of_row.numel() >= ids.numel() + std::min(num_experts, ids.numel()) * (align - 1), "room for the pad rows");
+  check_room(ids, num_experts, align, slot_of_row);
   moe_dist::cpu::row_map(ids_of(ids), num_experts, align, row_map_of(counts, row_of_slot, slot_of_row, status));
 }
 
@@ -205,43 +209,44 @@ void check(const char* error) {
 void row_map(
     Tensor ids, int64_t num_experts, int64_t align, int64_t expected_rows, Tensor counts, Tensor row_of_slot,
     Tensor slot_of_row, Tensor status) {
-  STD_TORCH_CHECK(align == 1, "pad rows on CUDA");
+  check_room(ids, num_experts, align, slot_of_row);
   STD_TORCH_CHECK(num_experts <= moe_dist::cuda::kMaxExperts, "too many experts for the CUDA row map");
   const Launch launch(ids);
   const int64_t scratch_size = moe_dist::cuda::row_map_scratch(ids.numel(), num_experts);
   Tensor scratch = torch::stable::new_empty(slot_of_row, {scratch_size});
   check(moe_dist::cuda::row_map(
-      ids_of(ids), num_experts, expected_rows, row_map_of(counts, row_of_slot, slot_of_row, status),
+      ids_of(ids), num_experts, align, expected_rows, row_map_of(counts, row_of_slot, slot_of_row, status),
       static_cast<int32_t*>(scratch.data_ptr()), launch.stream));
 }
 
 void permute(Tensor x, Tensor row_of_slot, std::optional<Tensor> slot_of_row, Tensor rows) {
-  check_same(x, rows);
-  STD_TORCH_CHECK(!slot_of_row, "pad rows on CUDA");
+  check_widths(x, rows);
   const Launch launch(x);
-  const int64_t row_bytes = x.size(1) * static_cast<int64_t>(x.element_size());
-  check(moe_dist::cuda::permute(slots_of(row_of_slot), matrix_of(x), matrix_of(rows), row_bytes, launch.stream));
+  check(moe_dist::cuda::permute(
+      slots_of(row_of_slot, slot_of_row), x.size(1), dtype_of(x), matrix_of(x), dtype_of(rows), matrix_of(rows),
+      launch.stream));
 }
 
 void unpermute(Tensor rows, Tensor row_of_slot, std::optional<Tensor> probs, Tensor y) {
-  check_same(rows, y);
+  check_widths(rows, y);
   const Launch launch(rows);
   const Slots slots = slots_of(row_of_slot);
   check(moe_dist::cuda::unpermute(
-      slots, dtype_of(y), y.size(1), matrix_of(rows), probs_of(probs, slots), matrix_of(y), launch.stream));
+      slots, y.size(1), dtype_of(rows), matrix_of(rows), probs_of(probs, slots), dtype_of(y), matrix_of(y),
+      launch.stream));
 }
 
 void unpermute_backward(
     Tensor dy, Tensor row_of_slot, std::optional<Tensor> slot_of_row, std::optional<Tensor> probs,
     std::optional<Tensor> rows, Tensor drows, std::optional<Tensor> dprobs) {
-  check_same(dy, drows);
-  STD_TORCH_CHECK(!slot_of_row, "pad rows on CUDA");
+  check_widths(dy, drows);
+  if (rows) check_same(*rows, drows);
   STD_TORCH_CHECK(rows.has_value() == dprobs.has_value(), "rows and dprobs go together");
   const Launch launch(dy);
-  const Slots slots = slots_of(row_of_slot);
+  const Slots slots = slots_of(row_of_slot, slot_of_row);
   check(moe_dist::cuda::unpermute_backward(
-      slots, dtype_of(dy), dy.size(1), matrix_of(dy), probs_of(probs, slots), rows ? matrix_of(*rows) : Matrix{},
-      matrix_of(drows), probs_of(dprobs, slots), launch.stream));
+      slots, dy.size(1), dtype_of(dy), matrix_of(dy), probs_of(probs, slots), dtype_of(drows),
+      rows ? matrix_of(*rows) : Matrix{}, matrix_of(drows), probs_of(dprobs, slots), launch.stream));
 }
 
 void swiglu(Tensor z, std::optional<Tensor> factor, Tensor a) {

@@ -72,17 +72,19 @@ void unpermute_backward(
 namespace cuda {
 
 // Each takes the CUDA stream to run on and returns null, or the message of a failed launch.
-// `scratch` holds row_map_scratch(...) ints. `expected` is N where the caller knows it (the device stops if it is
-// wrong), else -1.
+// `scratch` holds row_map_scratch(...) ints. `expected` is how many slots are not dropped, where the caller knows it
+// (the device stops if it is wrong), else -1.
 constexpr int64_t kMaxExperts = 8192;  // the row map keeps a counter for each expert in shared memory
 int64_t row_map_scratch(int64_t slots, int64_t num_experts);
 const char* row_map(
-    const Ids& ids, int64_t num_experts, int64_t expected, const RowMap& out, int32_t* scratch, void* stream);
-const char* permute(const Slots& slots, Matrix x, Matrix rows, int64_t row_bytes, void* stream);
+    const Ids& ids, int64_t num_experts, int64_t align, int64_t expected, const RowMap& out, int32_t* scratch,
+    void* stream);
+const char* permute(
+    const Slots& slots, int64_t hidden, Dtype from, Matrix x, Dtype to, Matrix rows, void* stream);
 const char* unpermute(
-    const Slots& slots, Dtype dtype, int64_t hidden, Matrix rows, const float* probs, Matrix y, void* stream);
+    const Slots& slots, int64_t hidden, Dtype from, Matrix rows, const float* probs, Dtype to, Matrix y, void* stream);
 const char* unpermute_backward(
-    const Slots& slots, Dtype dtype, int64_t hidden, Matrix dy, const float* probs, Matrix rows, Matrix drows,
+    const Slots& slots, int64_t hidden, Dtype from, Matrix dy, const float* probs, Dtype to, Matrix rows, Matrix drows,
     float* dprobs, void* stream);
 
 }  // namespace cuda

@@ -7,11 +7,10 @@ namespace {
 
 constexpr int kRowsAtOnce = 8;  // row numbers that are read before the first of them is used
 
-template <class T, int kCount>
+template <class From, class To, int kCount>
 __global__ void __launch_bounds__(kBlock) permute_kernel(Slots slots, Matrix x, Matrix rows, int64_t packs) {
-  using P = Pack<T, kCount>;
   for_each_pack(slots.tokens, packs, [&](int64_t t, int64_t c) {
-    const P value = load_once<P>(x, t, c);
+    const auto value = cast<To>(load_once<Pack<From, kCount>>(x, t, c));
     const int32_t* row_of = slots.row_of_slot + t * slots.top_k;
     for (int64_t k0 = 0; k0 < slots.top_k; k0 += kRowsAtOnce) {
       int64_t row[kRowsAtOnce];
@@ -27,16 +26,22 @@ __global__ void __launch_bounds__(kBlock) permute_kernel(Slots slots, Matrix x, 
 
 }  // namespace
 
-const char* permute(const Slots& slots, Matrix x, Matrix rows, int64_t row_bytes, void* stream_handle) {
-  if (slots.tokens * slots.top_k * row_bytes == 0) return nullptr;
+const char* permute(
+    const Slots& slots, int64_t hidden, Dtype from, Matrix x, Dtype to, Matrix rows, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
-  const int limit = std::min(pack_elements<bf16>(x), pack_elements<bf16>(rows));
-  with_pack<bf16>(limit, row_bytes / 2, [&](auto count) {
-    constexpr int kCount = decltype(count)::value;
-    const int64_t packs = row_bytes / 2 / kCount;
-    const Layout layout = layout_for(slots.tokens, packs);
-    const auto kernel = permute_kernel<bf16, kCount>;
-    MOE_DIST_LAUNCH(kernel, layout.grid, layout.block, 0, stream, slots, x, rows, packs);
+  zero_pad_rows(slots, rows, hidden * (to == Dtype::f32 ? 4 : 2), stream);
+  if (slots.tokens * slots.top_k * hidden == 0) return launched();
+  with_dtypes(from, to, [&](auto source, auto target) {
+    using From = decltype(source);
+    using To = decltype(target);
+    const int limit = std::min(pack_elements<From>(x), pack_elements<To>(rows));
+    with_pack<Wider<From, To>>(limit, hidden, [&](auto count) {
+      constexpr int kCount = decltype(count)::value;
+      const int64_t packs = hidden / kCount;
+      const Layout layout = layout_for(slots.tokens, packs);
+      const auto kernel = permute_kernel<From, To, kCount>;
+      MOE_DIST_LAUNCH(kernel, layout.grid, layout.block, 0, stream, slots, x, rows, packs);
+    });
   });
   return launched();
 }

@@ -42,8 +42,16 @@ __device__ inline void count(int* counter, int64_t id, int64_t num_experts) {
   if (id >= 0) atomicAdd(counter + (id < num_experts ? id : num_experts), 1);
 }
 
+// Every row belongs to no slot, until one is placed there. Called where there may be pad rows.
+__device__ inline void forget_slots(const Ids& ids, int64_t num_experts, int64_t align, int32_t* slot_of_row) {
+  const int64_t room = ids.slots + min(num_experts, ids.slots) * (align - 1);
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t r = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; r < room; r += stride) slot_of_row[r] = -1;
+}
+
 // histogram[tile][e] = slots of expert e in the tile; [tile][E] = wrong ids in it.
-__global__ void histogram_kernel(Ids ids, int64_t num_experts, int64_t length, int32_t* histogram, int64_t* status) {
+__global__ void histogram_kernel(
+    Ids ids, int64_t num_experts, int64_t align, int64_t length, int32_t* histogram, RowMap out) {
   MOE_DIST_SHARED(int, counter);
   for (int64_t e = threadIdx.x; e <= num_experts; e += blockDim.x) counter[e] = 0;
   __syncthreads();
@@ -53,7 +61,8 @@ __global__ void histogram_kernel(Ids ids, int64_t num_experts, int64_t length, i
   __syncthreads();
   int32_t* mine = histogram + blockIdx.x * (num_experts + 1);
   for (int64_t e = threadIdx.x; e <= num_experts; e += blockDim.x) mine[e] = counter[e];
-  if (blockIdx.x == 0 && threadIdx.x == 0) status[1] = -1;
+  if (blockIdx.x == 0 && threadIdx.x == 0) out.status[1] = -1;
+  if (align > 1) forget_slots(ids, num_experts, align, out.slot_of_row);
 }
 
 __device__ inline int sum_of_tiles(const int32_t* histogram, int64_t tiles, int64_t columns, int64_t e) {
@@ -63,14 +72,20 @@ __device__ inline int sum_of_tiles(const int32_t* histogram, int64_t tiles, int6
   return sum;
 }
 
-// Turns the E numbers into what is before each, by one warp, and returns the sum of all to each of its lanes.
-__device__ inline int exclusive_scan(int* number, int64_t num_experts) {
+// Turns the experts' counts into their first rows, by one warp -> {slots placed, rows with pad rows} in each lane.
+struct Sums {
+  int slots, rows;
+};
+
+__device__ inline Sums first_rows(int* number, int64_t num_experts, int align) {
   const int lane = threadIdx.x % kWarp;
-  int total = 0;
+  int total = 0, slots = 0;
   for (int64_t base = 0; base < num_experts; base += kWarp) {
     const int64_t e = base + lane;
-    const int own = e < num_experts ? number[e] : 0;
+    const int count = e < num_experts ? number[e] : 0;
+    const int own = (count + align - 1) / align * align;
     int upto = own;
+    slots += count;
     for (int step = 1; step < kWarp; step *= 2) {
       const int other = __shfl_up_sync(kAllLanes, upto, step);
       if (lane >= step) upto += other;
@@ -78,11 +93,12 @@ __device__ inline int exclusive_scan(int* number, int64_t num_experts) {
     if (e < num_experts) number[e] = total + upto - own;
     total += __shfl_sync(kAllLanes, upto, kWarp - 1);
   }
-  return total;
+  for (int step = kWarp / 2; step > 0; step /= 2) slots += __shfl_xor_sync(kAllLanes, slots, step);
+  return {slots, total};
 }
 
-__global__ void place_kernel(Ids ids, int64_t num_experts, int64_t expected, int64_t length, int64_t tiles,
-                             const int32_t* histogram, RowMap out) {
+__global__ void place_kernel(Ids ids, int64_t num_experts, int64_t align, int64_t expected, int64_t length,
+                             int64_t tiles, const int32_t* histogram, RowMap out) {
   MOE_DIST_SHARED(int, next);  // [warps][E + 1]: slots in each warp's share, then the row that its next slot gets
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t columns = num_experts + 1;
@@ -93,7 +109,10 @@ __global__ void place_kernel(Ids ids, int64_t num_experts, int64_t expected, int
   int* mine = next + warp * columns;
 
   for (int64_t e = lane; e < columns; e += kWarp) mine[e] = 0;
-  if (tiles == 1 && threadIdx.x == 0) out.status[1] = -1;  // else the histogram has done it
+  if (tiles == 1) {  // else the histogram has done this
+    if (threadIdx.x == 0) out.status[1] = -1;
+    if (align > 1) forget_slots(ids, num_experts, align, out.slot_of_row);
+  }
   __syncwarp();
   for (int64_t slot = begin + lane; slot < end; slot += kWarp) count(mine, id_at(ids, slot), num_experts);
   __syncthreads();
@@ -114,11 +133,12 @@ __global__ void place_kernel(Ids ids, int64_t num_experts, int64_t expected, int
   __syncthreads();
   if (warp == 0) {
     const int wrong = next[num_experts];
-    const int total = exclusive_scan(next, num_experts);
+    const Sums sums = first_rows(next, num_experts, static_cast<int>(align));
     if (blockIdx.x == 0 && lane == 0) {
-      out.status[0] = total;
-      if (expected >= 0 && (wrong > 0 || total != expected)) {
-        printf("moe_dist: %d of the expert ids are in [0, %d), %d were promised\n", total,
+      out.status[0] = sums.slots;
+      out.status[2] = sums.rows;
+      if (expected >= 0 && (wrong > 0 || sums.slots != expected)) {
+        printf("moe_dist: %d of the expert ids are in [0, %d), %d were promised\n", sums.slots,
                static_cast<int>(num_experts), static_cast<int>(expected));
         __trap();
       }
@@ -156,19 +176,20 @@ int64_t row_map_scratch(int64_t slots, int64_t num_experts) {
 }
 
 const char* row_map(
-    const Ids& ids, int64_t num_experts, int64_t expected, const RowMap& out, int32_t* scratch, void* stream_handle) {
+    const Ids& ids, int64_t num_experts, int64_t align, int64_t expected, const RowMap& out, int32_t* scratch,
+    void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   const int64_t length = tile_length(ids.slots), tiles = tile_count(ids.slots);
   const unsigned blocks = static_cast<unsigned>(tiles);
   const size_t counters = (num_experts + 1) * sizeof(int);
   if (tiles > 1) {
     MOE_DIST_LAUNCH(
-        histogram_kernel, blocks, kMapWarps * kWarp, counters, stream, ids, num_experts, length, scratch, out.status);
+        histogram_kernel, blocks, kMapWarps * kWarp, counters, stream, ids, num_experts, align, length, scratch, out);
   }
   const int warps = warps_for(num_experts);
   MOE_DIST_LAUNCH(
-      place_kernel, blocks, warps * kWarp, warps * counters, stream, ids, num_experts, expected, length, tiles, scratch,
-      out);
+      place_kernel, blocks, warps * kWarp, warps * counters, stream, ids, num_experts, align, expected, length, tiles,
+      scratch, out);
   return launched();
 }
 

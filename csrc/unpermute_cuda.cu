@@ -10,10 +10,10 @@ constexpr int kWarpsPerBlock = kBlock / kWarp;
 constexpr int kAhead = 4;  // rows whose loads are all issued before the first of them is used
 
 // A thread adds up one pack of a token's rows.
-template <class T, int kCount>
+template <class From, class To, int kCount>
 __global__ void __launch_bounds__(kBlock)
     unpermute_kernel(Slots slots, Matrix rows, const float* probs, Matrix y, int64_t packs) {
-  using P = Pack<T, kCount>;
+  using P = Pack<From, kCount>;
   for_each_pack(slots.tokens, packs, [&](int64_t t, int64_t c) {
     const int64_t first = t * slots.top_k;
     float sum[kCount] = {};
@@ -40,16 +40,15 @@ __global__ void __launch_bounds__(kBlock)
         for (int i = 0; i < kCount; ++i) sum[i] += factor[j] * term[i];
       }
     }
-    store(y, t, c, from_floats<T>(sum));
+    store(y, t, c, from_floats<To>(sum));
   });
 }
 
 // One warp a token, so that the dot products need no shared memory. kDots of them are summed at once; dy is read
 // again (from cache) only where K is larger.
-template <class T, int kCount, bool kDot>
+template <class From, class To, int kCount, bool kDot>
 __global__ void __launch_bounds__(kBlock) unpermute_backward_kernel(
     Slots slots, Matrix dy, const float* probs, Matrix rows, Matrix drows, float* dprobs, int64_t packs) {
-  using P = Pack<T, kCount>;
   constexpr int kDots = 8;
   const int lane = threadIdx.x;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.y;
@@ -66,12 +65,12 @@ __global__ void __launch_bounds__(kBlock) unpermute_backward_kernel(
       }
       for (int64_t c = lane; c < packs; c += kWarp) {
         float value[kCount];
-        to_floats(load<P>(dy, t, c), value);
-        P other[kDots];  // all loads before the first store, which the compiler cannot move them past
+        to_floats(load<Pack<From, kCount>>(dy, t, c), value);
+        Pack<To, kCount> other[kDots];  // all loads before the first store, which the compiler cannot move them past
         if constexpr (kDot) {
 #pragma unroll
           for (int j = 0; j < kDots; ++j) {
-            if (row[j] >= 0) other[j] = load_once<P>(rows, row[j], c);
+            if (row[j] >= 0) other[j] = load_once<Pack<To, kCount>>(rows, row[j], c);
           }
         }
 #pragma unroll
@@ -86,7 +85,7 @@ __global__ void __launch_bounds__(kBlock) unpermute_backward_kernel(
           float scaled[kCount];
 #pragma unroll
           for (int i = 0; i < kCount; ++i) scaled[i] = factor[j] * value[i];
-          store(drows, row[j], c, from_floats<T>(scaled));
+          store(drows, row[j], c, from_floats<To>(scaled));
         }
       }
       if constexpr (kDot) {
@@ -104,16 +103,19 @@ __global__ void __launch_bounds__(kBlock) unpermute_backward_kernel(
 }  // namespace
 
 const char* unpermute(
-    const Slots& slots, Dtype dtype, int64_t hidden, Matrix rows, const float* probs, Matrix y, void* stream_handle) {
+    const Slots& slots, int64_t hidden, Dtype from, Matrix rows, const float* probs, Dtype to, Matrix y,
+    void* stream_handle) {
   if (slots.tokens * hidden == 0) return nullptr;
   const auto stream = static_cast<cudaStream_t>(stream_handle);
-  with_dtype(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    with_pack<T>(std::min(pack_elements<T>(rows), pack_elements<T>(y)), hidden, [&](auto count) {
+  with_dtypes(from, to, [&](auto source, auto target) {
+    using From = decltype(source);
+    using To = decltype(target);
+    const int limit = std::min(pack_elements<From>(rows), pack_elements<To>(y));
+    with_pack<Wider<From, To>>(limit, hidden, [&](auto count) {
       constexpr int kCount = decltype(count)::value;
       const int64_t packs = hidden / kCount;
       const Layout layout = layout_for(slots.tokens, packs);
-      const auto kernel = unpermute_kernel<T, kCount>;
+      const auto kernel = unpermute_kernel<From, To, kCount>;
       MOE_DIST_LAUNCH(kernel, layout.grid, layout.block, 0, stream, slots, rows, probs, y, packs);
     });
   });
@@ -121,21 +123,23 @@ const char* unpermute(
 }
 
 const char* unpermute_backward(
-    const Slots& slots, Dtype dtype, int64_t hidden, Matrix dy, const float* probs, Matrix rows, Matrix drows,
+    const Slots& slots, int64_t hidden, Dtype from, Matrix dy, const float* probs, Dtype to, Matrix rows, Matrix drows,
     float* dprobs, void* stream_handle) {
-  if (slots.tokens * slots.top_k == 0) return nullptr;
   const auto stream = static_cast<cudaStream_t>(stream_handle);
+  zero_pad_rows(slots, drows, hidden * (to == Dtype::f32 ? 4 : 2), stream);
+  if (slots.tokens * slots.top_k == 0) return launched();
   const dim3 block(kWarp, kWarpsPerBlock);
   const auto blocks = static_cast<unsigned>(
       std::min<int64_t>((slots.tokens + kWarpsPerBlock - 1) / kWarpsPerBlock, int64_t{1} << 30));
-  with_dtype(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    int limit = std::min(pack_elements<T>(dy), pack_elements<T>(drows));
-    if (dprobs) limit = std::min(limit, pack_elements<T>(rows));
-    with_pack<T>(limit, hidden, [&](auto count) {
+  with_dtypes(from, to, [&](auto source, auto target) {
+    using From = decltype(source);
+    using To = decltype(target);
+    int limit = std::min(pack_elements<From>(dy), pack_elements<To>(drows));
+    if (dprobs) limit = std::min(limit, pack_elements<To>(rows));
+    with_pack<Wider<From, To>>(limit, hidden, [&](auto count) {
       constexpr int kCount = decltype(count)::value;
       const auto kernel =
-          dprobs ? unpermute_backward_kernel<T, kCount, true> : unpermute_backward_kernel<T, kCount, false>;
+          dprobs ? unpermute_backward_kernel<From, To, kCount, true> : unpermute_backward_kernel<From, To, kCount, false>;
       MOE_DIST_LAUNCH(kernel, blocks, block, 0, stream, slots, dy, probs, rows, drows, dprobs, hidden / kCount);
     });
   });

@@ -23,29 +23,26 @@ def backend(device="cpu") -> str:
     return "cpp" if kind == "cpu" and native.has_cpu() else "torch"
 
 
-def _choose(tensor, plan, dtype, out):
+def _choose(tensor, dtype, out):
     dtypes = {tensor.dtype, out.dtype if out is not None else dtype or tensor.dtype}
-    kind = backend(tensor.device)
-    if kind == "cuda" and (len(dtypes) > 1 or plan.align > 1):  # no kernels for casts and pad rows there yet
-        return reference
-    return kernels if kind != "torch" and dtypes <= _NATIVE_DTYPES else reference
+    return kernels if backend(tensor.device) != "torch" and dtypes <= _NATIVE_DTYPES else reference
 
 
 def row_map(ids_TK, num_experts, num_rows=None, align=1):
     kind = backend(ids_TK.device)
-    native_runs = kind == "cpp" or (kind == "cuda" and num_experts <= _MAX_CUDA_EXPERTS and align == 1)
+    native_runs = kind == "cpp" or (kind == "cuda" and num_experts <= _MAX_CUDA_EXPERTS)
     return (kernels if native_runs else reference).row_map(ids_TK, num_experts, num_rows, align)
 
 
 def permute(x_TH, plan, *, dtype=None, out=None):
-    return _choose(x_TH, plan, dtype, out).permute(x_TH, plan, dtype=dtype, out=out)
+    return _choose(x_TH, dtype, out).permute(x_TH, plan, dtype=dtype, out=out)
 
 
 def unpermute(rows_NH, plan, probs_TK=None, *, dtype=None, out=None):
-    return _choose(rows_NH, plan, dtype, out).unpermute(rows_NH, plan, probs_TK, dtype=dtype, out=out)
+    return _choose(rows_NH, dtype, out).unpermute(rows_NH, plan, probs_TK, dtype=dtype, out=out)
 
 
 def unpermute_backward(dy_TH, plan, *, probs_TK=None, rows_NH=None, dtype=None, out=None, out_probs=None):
-    return _choose(dy_TH, plan, dtype, out).unpermute_backward(
+    return _choose(dy_TH, dtype, out).unpermute_backward(
         dy_TH, plan, probs_TK=probs_TK, rows_NH=rows_NH, dtype=dtype, out=out, out_probs=out_probs
     )

@@ -80,61 +80,63 @@ class Output:
         return self.tensor
 
 
-def run_row_map(kernels, ids_TK, experts, expected=-1):
+def run_row_map(kernels, ids_TK, experts, expected=-1, align=1):
+    """-> (error or None, counts, row_of_slot, slot_of_row with all of its room, status)."""
     ids_TK, slots = ids_TK.contiguous(), ids_TK.numel()
-    scratch = Output(kernels_scratch(kernels, slots, experts), dtype=torch.int32)
+    room = slots + min(experts, slots) * (align - 1)
+    scratch = Output(kernels.row_map_scratch(ctypes.c_int64(slots), ctypes.c_int64(experts)), dtype=torch.int32)
     counts, row_of_slot = Output(experts, dtype=torch.int64), Output(*ids_TK.shape, dtype=torch.int32)
-    slot_of_row, status = Output(slots, dtype=torch.int32), Output(2, dtype=torch.int64)
-    outputs = [counts, row_of_slot, slot_of_row, status, scratch]
+    slot_of_row, status = Output(room, dtype=torch.int32), Output(3, dtype=torch.int64)
+    outputs = [counts, row_of_slot, slot_of_row, status]
     error = call(
         kernels.row_map,
         ids_TK,
         int(ids_TK.dtype == torch.int64),
         slots,
         experts,
+        align,
         expected,
         *(output.tensor for output in outputs),
+        scratch.tensor,
     )
-    return error, [output.checked() for output in outputs]
+    scratch.checked()
+    return error, *(output.checked() for output in outputs)
 
 
-def kernels_scratch(kernels, slots, experts):
-    return kernels.row_map_scratch(ctypes.c_int64(slots), ctypes.c_int64(experts))
+def check_row_map(kernels, ids_TK, experts, align=1):
+    error, counts, row_of_slot, slot_of_row, status = run_row_map(kernels, ids_TK, experts, align=align)
+    want_counts, want_row_of_slot, want_slot_of_row = reference.row_map(ids_TK, experts, align=align)
+    assert error is None
+    assert status.tolist() == [int(want_counts.sum()), -1, len(want_slot_of_row)]
+    assert torch.equal(counts, want_counts)
+    assert torch.equal(row_of_slot, want_row_of_slot)
+    assert torch.equal(slot_of_row[: len(want_slot_of_row)], want_slot_of_row)
+    if align > 1:  # as far as the host, which does not know N, may read
+        assert (slot_of_row[len(want_slot_of_row) :] == -1).all()
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_row_map(kernels, routing, dtype):
+@pytest.mark.parametrize("align", [1, 16])
+def test_row_map(kernels, routing, dtype, align):
     tokens, k, experts, kind = ROUTINGS[routing]
-    ids_TK = draw_ids(tokens, k, experts, kind).to(dtype)
-    error, (counts, row_of_slot, slot_of_row, status, _) = run_row_map(kernels, ids_TK, experts)
-    want_counts, want_row_of_slot, want_slot_of_row = reference.row_map(ids_TK, experts)
-    assert error is None
-    assert status.tolist() == [len(want_slot_of_row), -1]
-    assert torch.equal(counts, want_counts)
-    assert torch.equal(row_of_slot, want_row_of_slot)
-    assert torch.equal(slot_of_row[: len(want_slot_of_row)], want_slot_of_row)
+    check_row_map(kernels, draw_ids(tokens, k, experts, kind).to(dtype), experts, align)
 
 
 @pytest.mark.parametrize(("slots", "experts"), [(4096, 6), (4097, 6), (5001, 3000), (4500, 8192), (140_000, 70)])
-def test_row_map_of_several_tiles(kernels, slots, experts):
+@pytest.mark.parametrize("align", [1, 8])
+def test_row_map_of_several_tiles(kernels, slots, experts, align):
     """One launch and two; fewer warps where more experts have to fit into a block's shared memory; 1,024 and more
     slots a tile."""
     ids_TK = torch.randint(-1, experts, (slots, 1), generator=torch.Generator().manual_seed(0))
-    error, (counts, row_of_slot, slot_of_row, status, _) = run_row_map(kernels, ids_TK, experts)
-    want_counts, want_row_of_slot, want_slot_of_row = reference.row_map(ids_TK, experts)
-    assert error is None
-    assert status.tolist() == [len(want_slot_of_row), -1]
-    assert torch.equal(counts, want_counts)
-    assert torch.equal(row_of_slot, want_row_of_slot)
-    assert torch.equal(slot_of_row[: len(want_slot_of_row)], want_slot_of_row)
+    check_row_map(kernels, ids_TK, experts, align)
 
 
 @pytest.mark.parametrize("tokens", [2, 3000])
 def test_row_map_reports_wrong_ids_and_stops_on_broken_promises(kernels, tokens):
     ids_TK = torch.zeros(tokens, 2, dtype=torch.int64)
     ids_TK[1, 1], ids_TK[0, 1] = 2**40, 9
-    error, (_, _, _, status, _) = run_row_map(kernels, ids_TK, 4)
+    error, _, _, _, status = run_row_map(kernels, ids_TK, 4)
     assert error is None
     assert int(status[1]) == 2**40
     for kept in (2 * tokens, 2 * tokens - 2):
@@ -144,51 +146,67 @@ def test_row_map_reports_wrong_ids_and_stops_on_broken_promises(kernels, tokens)
     assert run_row_map(kernels, ids_TK, 16, expected=2 * tokens - 1)[0] is None
 
 
+DTYPES = [torch.float32, torch.bfloat16]
+
+
 @pytest.mark.parametrize("routing", ["plain", "no tokens", "one hot expert", "dropped slots", "all dropped"])
 @pytest.mark.parametrize("hidden", [1, 3, 4, 6, 8, 33, 264])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_data_movement(kernels, routing, hidden, dtype):
     tokens, k, experts, kind = ROUTINGS[routing]
-    check_data_movement(kernels, draw_ids(tokens, k, experts, kind), experts, hidden, dtype)
+    check_data_movement(kernels, draw_ids(tokens, k, experts, kind), experts, hidden, dtype, dtype)
+
+
+@pytest.mark.parametrize("hidden", [1, 6, 40, 1026, 2056])
+@pytest.mark.parametrize(("outer", "inner"), [DTYPES, DTYPES[::-1]])
+@pytest.mark.parametrize("align", [1, 16])
+def test_data_movement_with_a_cast_and_pad_rows(kernels, hidden, outer, inner, align):
+    check_data_movement(kernels, draw_ids(13, 4, 12, "dropped"), 12, hidden, outer, inner, align)
 
 
 @pytest.mark.parametrize("k", [1, 4, 5, 8, 9, 17])
 def test_data_movement_for_each_number_of_experts_a_token(kernels, k):
-    check_data_movement(kernels, draw_ids(13, k, 24, "dropped"), 24, 40, torch.bfloat16)
+    check_data_movement(kernels, draw_ids(13, k, 24, "dropped"), 24, 40, torch.bfloat16, torch.bfloat16)
 
 
 def test_data_movement_without_columns(kernels):
-    check_data_movement(kernels, draw_ids(5, 2, 4, "distinct"), 4, 0, torch.float32)
+    check_data_movement(kernels, draw_ids(5, 2, 4, "distinct"), 4, 0, torch.float32, torch.float32)
 
 
-def check_data_movement(kernels, ids_TK, experts, hidden, dtype):
+def check_data_movement(kernels, ids_TK, experts, hidden, outer, inner, align=1):
+    """outer: the dtype of tokens; inner: that of rows."""
     tokens, k = ids_TK.shape
-    plan = RowPlan(*reference.row_map(ids_TK, experts), experts)
+    plan = RowPlan(*reference.row_map(ids_TK, experts, align=align), experts, align)
     generator = torch.Generator().manual_seed(2)
-    x_TH, dy_TH = (torch.randn(tokens, hidden, generator=generator).to(dtype) for _ in range(2))
-    rows_NH = torch.randn(plan.num_rows, hidden, generator=generator).to(dtype)
-    row_of_slot, is_bf16 = plan.row_of_slot_TK, int(dtype == torch.bfloat16)
+    x_TH, dy_TH = (torch.randn(tokens, hidden, generator=generator).to(outer) for _ in range(2))
+    rows_NH = torch.randn(plan.num_rows, hidden, generator=generator).to(inner)
+    if plan.num_rows:
+        rows_NH[plan.slot_of_row_N < 0] = float("nan")  # a pad row is never read
+    slots = (plan.row_of_slot_TK, tokens, k)
+    padded = (*slots, plan.slot_of_row_N if align > 1 else None, plan.num_rows, hidden)
+    at_tokens, at_rows = (int(dtype == torch.bfloat16) for dtype in (outer, inner))
 
-    out = Output(plan.num_rows, hidden, dtype=dtype)
-    assert call(kernels.permute, row_of_slot, tokens, k, x_TH, out.tensor, hidden * x_TH.element_size()) is None
-    assert torch.equal(out.checked(), reference.permute(x_TH, plan))
+    out = Output(plan.num_rows, hidden, dtype=inner)
+    assert call(kernels.permute, *padded, at_tokens, x_TH, at_rows, out.tensor) is None
+    assert torch.equal(out.checked(), reference.permute(x_TH, plan, dtype=inner))
 
-    bound = 3e-7 if dtype == torch.float32 else 2e-3  # bf16: a sum may round to the neighbour
+    bound = 3e-7 if outer == torch.float32 else 2e-3  # bf16: a sum may round to the neighbour
     for probs_TK in (torch.rand(tokens, k, generator=generator), None):
-        y = Output(tokens, hidden, dtype=dtype)
-        shape = (row_of_slot, tokens, k, is_bf16, hidden)
-        assert call(kernels.unpermute, *shape, rows_NH, probs_TK, y.tensor) is None
-        assert relative_error(y.checked(), reference.unpermute(rows_NH, plan, probs_TK)) < bound
+        y = Output(tokens, hidden, dtype=outer)
+        arguments = (*slots, hidden, at_rows, rows_NH, probs_TK, at_tokens, y.tensor)
+        assert call(kernels.unpermute, *arguments) is None
+        assert relative_error(y.checked(), reference.unpermute(rows_NH, plan, probs_TK, dtype=outer)) < bound
 
-        want = reference.unpermute_backward(dy_TH, plan, probs_TK=probs_TK, rows_NH=rows_NH)
-        drows, dprobs = Output(plan.num_rows, hidden, dtype=dtype), Output(tokens, k, dtype=torch.float32)
-        arguments = (*shape, dy_TH, probs_TK, rows_NH, drows.tensor, dprobs.tensor)
+        want = reference.unpermute_backward(dy_TH, plan, probs_TK=probs_TK, rows_NH=rows_NH, dtype=inner)
+        drows, dprobs = Output(plan.num_rows, hidden, dtype=inner), Output(tokens, k, dtype=torch.float32)
+        arguments = (*padded, at_tokens, dy_TH, probs_TK, at_rows, rows_NH, drows.tensor, dprobs.tensor)
         assert call(kernels.unpermute_backward, *arguments) is None
         assert torch.equal(drows.checked(), want[0])
         assert relative_error(dprobs.checked(), want[1]) < 1e-6
 
-        drows = Output(plan.num_rows, hidden, dtype=dtype)
-        assert call(kernels.unpermute_backward, *shape, dy_TH, probs_TK, None, drows.tensor, None) is None
+        drows = Output(plan.num_rows, hidden, dtype=inner)
+        arguments = (*padded, at_tokens, dy_TH, probs_TK, at_rows, None, drows.tensor, None)
+        assert call(kernels.unpermute_backward, *arguments) is None
         assert torch.equal(drows.checked(), want[0])
 
 
