@@ -10,6 +10,7 @@ that fails does not stop the others; the exit status is then 1.
 from __future__ import annotations
 
 import argparse
+import ast
 import datetime
 import json
 import os
@@ -82,6 +83,7 @@ def measure(module: str, *, full: bool, root: Path, limit: float = LIMIT) -> dic
     if any(key not in row for row in rows for key in ROW):
         rows, status = [], f"a row lacks one of {', '.join(ROW)}"
     return {
+        "about": about(root / (module.replace(".", "/") + ".py")),
         "command": " ".join(["python", "-m", module, *options]),
         "day": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "device": device(),
@@ -90,6 +92,11 @@ def measure(module: str, *, full: bool, root: Path, limit: float = LIMIT) -> dic
         "exit_status": status,
         "rows": rows,
     }
+
+
+def about(file: Path) -> str:
+    """The first line of a module's description."""
+    return (ast.get_docstring(ast.parse(file.read_text())) or "").partition("\n")[0]
 
 
 def device() -> str:

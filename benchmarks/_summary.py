@@ -13,12 +13,12 @@ us. Times are medians; behind them, in brackets, the first and the third quartil
 
 def render(results: dict[str, dict]) -> str:
     """`benchmark -> what measure() of benchmarks.__main__ gives`."""
-    runs = ["benchmark", "command", "device", "versions", "day", "seconds", "exit status", "rows"]
+    runs = ["benchmark", "about", "command", "device", "versions", "day", "seconds", "exit status", "rows"]
     lines = [HEAD, "## Runs", "", *_head(runs)]
     for name, result in sorted(results.items()):
         versions = ", ".join(f"{package} {number}" for package, number in result["versions"].items())
-        cells = [name, f"`{result['command']}`", result["device"], versions, result["day"], f"{result['seconds']:.0f}"]
-        lines.append(_line([*cells, result["exit_status"], len(result["rows"])]))
+        cells = [name, result["about"], f"`{result['command']}`", result["device"], versions, result["day"]]
+        lines.append(_line([*cells, f"{result['seconds']:.0f}", result["exit_status"], len(result["rows"])]))
     lines += ["", "## Rows", "", *_head(["benchmark", "case", "unit", "ours", "peer", "ratio", "peer is"])]
     for name, result in sorted(results.items()):
         for row in result["rows"]:

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import __main__ as suite
 
-BENCHMARK = """
+BENCHMARK = """'What it shows.'
 from benchmarks._harness import Median, Missed, row, run
 
 def collect(full):
@@ -53,7 +53,7 @@ def test_one_table_of_all_and_a_status_that_tells(folder, tmp_path, capfd):
     assert good["rows"] == [expected | {"ours_spread": [2.0, 4.0]}]
     text = (to / "summary.md").read_text()
     assert "| good | a case | ms | 3 (2 to 4) | 9 | 3.00 | some\\|one |" in text
-    assert "| broken | `python -m fakes.broken` |" in text
+    assert "| broken | What it shows. | `python -m fakes.broken` |" in text
 
 
 def test_some_by_name_leave_the_others_results(folder, tmp_path):
