@@ -36,8 +36,11 @@ from benchmarks._esft_arms import Arm, Task
 from benchmarks._harness import Median, interleaved, row, run
 from benchmarks._measure import allocated, flops
 from benchmarks.esft_placement import DATA
+from moe_dist.moe.dispatch import DispatchPlan, stay_here
+from moe_dist.moe.hop import slots_of
+from moe_dist.moe.mixture import How, mixture
 from moe_dist.ops import native
-from moe_dist.ops.grouped_mlp import Span, grouped_mlp, swiglu
+from moe_dist.ops.grouped_mlp import swiglu
 
 MB = 1e6
 HIDDEN, WIDTH, EXPERTS, TRAINED, ROWS = 1024, 512, 64, 8, 8192
@@ -92,19 +95,25 @@ def _expert_contenders(hidden: int, width: int, rows: int, dtype: torch.dtype) -
     mask = (torch.arange(EXPERTS) < TRAINED).to(dtype).view(-1, 1, 1)
     each = rows // EXPERTS
 
-    def gradients(leaves: list[torch.Tensor], spans: list[Span], below: bool) -> dict[str, torch.Tensor]:
-        grouped_mlp(x_RH.detach().requires_grad_(below), spans, activation=swiglu).backward(grad_RH)
+    seats_R1 = torch.arange(EXPERTS).repeat_interleave(each).unsqueeze(1)
+    ones_R1 = torch.ones(seats_R1.shape)
+    part = stay_here(slots_of(seats_R1, ones_R1), EXPERTS)
+    plan = DispatchPlan([part], part.seats.counts_E)
+
+    def gradients(leaves: list[torch.Tensor], spans: list[list], below: bool) -> dict[str, torch.Tensor]:
+        how = How(swiglu, tuple(len(span[0]) for span in spans), dtype)
+        mixture(x_RH.detach().requires_grad_(below), ones_R1, plan, how, spans).backward(grad_RH)
         found = {what: leaf.grad for what, leaf in zip(shapes, leaves, strict=True)}
         for leaf in leaves:
             leaf.grad = None
         return found
 
     def ours(below: bool) -> dict[str, torch.Tensor]:
-        spans = [Span(*trained, None, None, [each] * TRAINED), Span(*frozen, None, None, [each] * (EXPERTS - TRAINED))]
+        spans = [[*trained, None, None], [*frozen, None, None]]
         return gradients(trained, spans, below)
 
     def masked(below: bool) -> dict[str, torch.Tensor]:
-        found = gradients(whole, [Span(*whole, None, None, [each] * EXPERTS)], below)
+        found = gradients(whole, [[*whole, None, None]], below)
         return {what: grad.mul_(mask) for what, grad in found.items()}
 
     return ours, masked

@@ -15,8 +15,9 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_dist.models.families import activation_of, stock_names_of
-from moe_dist.ops.grouped_mlp import Span, grouped_mlp
-from moe_dist.ops.permute import permute, unpermute
+from moe_dist.moe.dispatch import DispatchPlan, stay_here
+from moe_dist.moe.hop import slots_of
+from moe_dist.moe.mixture import How, mixture, weighted_after
 
 NAME = "moe_dist"
 
@@ -33,8 +34,6 @@ def experts_forward(
     """
     # Under transformers' expert parallelism an id of num_experts marks a slot that another rank serves.
     ids_TK = ids_TK.masked_fill(ids_TK >= experts.num_experts, -1)
-    rows_NH, plan = permute(hidden_TH, ids_TK, num_experts=experts.num_experts)
-    counts = plan.counts_E.tolist()
     weights = {ours: getattr(experts, stock) for ours, stock in stock_names_of(experts).items()}
     if experts.is_transposed:
         weights |= {name: weights[name].transpose(1, 2) for name in ("gate_up_proj", "down_proj")}
@@ -43,12 +42,23 @@ def experts_forward(
     dtype = torch.get_autocast_dtype(device) if autocast else weights["down_proj"].dtype
     with torch.autocast(device, enabled=False):
         names = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
-        span = Span(*(weights[name].to(dtype) if name in weights else None for name in names), counts)
-        rows_NH = grouped_mlp(rows_NH.to(dtype), [span], activation=activation_of(experts))
-    rows_NH = rows_NH.to(hidden_TH.dtype)
-    if experts.has_post_expert_norm:
-        rows_NH = experts.post_expert_norm(rows_NH)
-    return unpermute(rows_NH, plan, weights_TK)
+        span = [weights[name].to(dtype) if name in weights else None for name in names]
+        how = How(activation_of(experts), (experts.num_experts,), hidden_TH.dtype)
+        if not experts.has_post_expert_norm:
+            return _mixture(hidden_TH, ids_TK, weights_TK, how, span)
+    # With a norm of each expert's output row before it is weighted: each slot is a token of its own.
+    return weighted_after(
+        lambda x_NH, ids_N1, ones_N1: _mixture(x_NH, ids_N1, ones_N1, how, span),
+        experts.post_expert_norm,
+        hidden_TH,
+        ids_TK,
+        weights_TK,
+    )
+
+
+def _mixture(hidden_TH, ids_TK, weights_TK, how: How, span: list[torch.Tensor | None]) -> torch.Tensor:
+    part = stay_here(slots_of(ids_TK, weights_TK), how.held[0])
+    return mixture(hidden_TH, weights_TK, DispatchPlan([part], part.seats.counts_E), how, [span])
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)

@@ -71,8 +71,8 @@ def test_outputs_and_every_gradient_equal_eager(family, dtype, tolerance):
 def test_it_is_our_kernels_that_run(monkeypatch):
     ours = with_ours(build("olmoe"))
     calls = []
-    forward = moe_dist.hf.grouped_mlp
-    monkeypatch.setattr(moe_dist.hf, "grouped_mlp", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    forward = moe_dist.hf.mixture
+    monkeypatch.setattr(moe_dist.hf, "mixture", lambda *a, **k: calls.append(1) or forward(*a, **k))
     logits(ours, tokens())
     assert len(calls) == ours.config.num_hidden_layers
 

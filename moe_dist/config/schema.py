@@ -109,6 +109,9 @@ class ParallelSection:
         None, "Ranks that the launcher has to start; another number is refused before anything loads.", low=1, free=True
     )
     expert: int = key(1, "Ranks over which the experts of a layer are spread (EP).", low=1, free=True)
+    node_size: int | None = key(
+        None, "Consecutive ranks that share a node; what the launcher says when absent.", low=1, free=True
+    )
     tensor: int = key(1, "Tensor-parallel ranks.", low=1, free=True)
     sequence: int = key(1, "Sequence-parallel ranks.", low=1, free=True)
     pipeline: int = key(1, "Pipeline stages.", low=1, free=True)
@@ -152,7 +155,25 @@ class MoeSection:
         "Most slots of an expert, over its even share; more are dropped and counted. null = dropless.",
         above=0,
     )
-    dispatcher: str = key("alltoall", "How tokens travel to their experts.", choices=("alltoall",), free=True)
+    dispatcher: str = key(
+        "auto",
+        "How tokens travel: a row for each expert (alltoall), for each rank (dedup), or for each node and then each "
+        "rank of it (node); auto takes the one that sends least.",
+        choices=("auto", "alltoall", "dedup", "node"),
+        free=True,
+    )
+    wire: str = key(
+        "model",
+        "Sums of a token's experts travel home in the model's dtype, or unrounded in float32.",
+        choices=("model", "float32"),
+        free=True,
+    )
+    chunks: int = key(1, "Parts of a micro-batch that travel while another is computed.", low=1, free=True)
+    overlap: bool | None = key(
+        None,
+        "Shared experts compute while tokens travel; not with ZeRO 3. When absent: on a GPU.",
+        free=True,
+    )
 
 
 @dataclass

@@ -1,12 +1,11 @@
-"""Dispatch: bring each token's rows to the ranks that hold its experts, and the results back.
+"""Dispatch: which way the tokens of a layer take to the ranks of their experts, planned before anything moves.
 
-    plan      which row goes where: counts by a stable counting sort, one exchange of counts
-    dispatch  tokens [T,H] -> rows [R,H] on the experts' ranks, sorted by seat
-    combine   rows [R,H]   -> tokens [T,H], weighted by the router's probabilities
+    alltoall   one row for each (token, expert)
+    dedup      one row for each (token, rank that holds at least one of its experts)
+    node       one row for each (token, node), then inside the node one for each (token, rank)
 
-Each is a function of tensors and of the plan, which is passed on and never kept. At P = 1 nothing is exchanged and
-nothing waits for the device. At P > 1 the plan copies one `int64[2,P]` of row totals to the host (the all-to-all
-wants its splits there) and the seat counts that the grouped products need.
+Whatever the way, what arrives at the experts' rank are M tokens with the seats they go to and their probabilities, and
+one row for each of them goes back. At P = 1 nothing travels and the tokens are their own.
 """
 
 from __future__ import annotations
@@ -15,78 +14,120 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_dist.errors import UserError
+from moe_dist.moe.hop import Hop, Slots, Way, count, plan_hop, slots_of
 from moe_dist.moe.placement import Placement
-from moe_dist.ops import RowPlan, permute_rows, row_plan, unpermute
-from moe_dist.parallel.collectives import all_to_all, exchange_rows
+from moe_dist.ops import RowPlan, row_plan
 from moe_dist.parallel.grid import Grid
+
+DISPATCHERS = ("auto", "alltoall", "dedup", "node")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some tokens of the batch, the way they take, and what they do at its end.
+
+    tokens: which of the batch. hops: the way, empty at P = 1. seats: the slots of the M tokens that arrive here ->
+    rows sorted by seat. probs_MK: their probabilities, fp32 (float64 in float64). seat_counts: rows of each seat.
+    """
+
+    tokens: slice
+    hops: tuple[Hop, ...]
+    seats: RowPlan
+    probs_MK: torch.Tensor
+    seat_counts: list[int]
 
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """Where the rows of one layer's tokens go.
+    """parts: of the batch, in order. counts_E: this rank's tokens of each expert by global id, int64."""
 
-    `home`: token slots -> rows in the order of sending (rank-major, then seat).
-    `arrival`: received rows (rank-major) -> rows sorted by seat; None where they already are.
-    `seat_counts`: rows of each expert that this rank holds, in seat order.
-    `counts_E`: this rank's tokens of each expert by global id, int64, for statistics.
-    """
-
-    home: RowPlan
-    arrival: RowPlan | None
-    send: list[int]
-    receive: list[int]
-    seat_counts: list[int]
+    parts: list[Part]
     counts_E: torch.Tensor
 
 
-def plan_dispatch(ids_TK: torch.Tensor, placement: Placement, grid: Grid) -> DispatchPlan:
-    """Plan the exchange for the chosen experts ids_TK (global ids; negative: this slot is dropped). Collective.
+def choose_dispatcher(wish: str, grid: Grid, top_k: int) -> str:
+    """What `auto` stands for here: rows are shared wherever a token can have two experts on one rank.
 
-    Every rank of the expert group must call this for the same layer, also with T = 0.
+    Raises UserError for `node` where an expert group does not consist of whole nodes.
     """
-    position_E = torch.tensor(placement.position, device=ids_TK.device)
-    slots_TK = ids_TK.long()
-    slots_TK = torch.where(slots_TK < 0, slots_TK, position_E[slots_TK.clamp(min=0)])
-    home = row_plan(slots_TK, num_experts=placement.num_experts)
-    counts_E = home.counts_E[position_E]
-    if grid.expert == 1:
-        return DispatchPlan(home, None, [], [], home.counts_E.tolist(), counts_E)
-
-    held = [len(experts) for experts in placement.ranks]
-    mine = held[grid.expert_rank]
-    received_PS = exchange_rows(home.counts_E, held, [mine] * grid.expert, grid.expert_group)
-    received_PS = received_PS.view(grid.expert, mine)
-    sent_P = torch.stack([part.sum() for part in home.counts_E.split(held)])
-    send, receive = torch.stack([sent_P, received_PS.sum(dim=1)]).tolist()
-    arrival = None
-    if mine > 1:
-        seats = torch.arange(mine, device=ids_TK.device).repeat(grid.expert)
-        seat_R = seats.repeat_interleave(received_PS.flatten(), output_size=sum(receive))
-        arrival = row_plan(seat_R.unsqueeze(1), num_experts=mine)
-    return DispatchPlan(home, arrival, send, receive, received_PS.sum(dim=0).tolist(), counts_E)
+    if wish == "node" and grid.expert > 1 and grid.across_group is None:
+        raise UserError(
+            f"moe.dispatcher=node: an expert group of {grid.expert} rank(s) with {grid.node_size} a node lies within "
+            "one node or does not fill its nodes; use moe.dispatcher=auto, or a parallel.expert that is a multiple of "
+            "the ranks a node (parallel.node_size)"
+        )
+    if wish != "auto":
+        return wish
+    if grid.across_group is not None and grid.inside_group is not None:
+        return "node"
+    return "dedup" if top_k > 1 else "alltoall"
 
 
-def dispatch(x_TH: torch.Tensor, plan: DispatchPlan, grid: Grid) -> torch.Tensor:
-    """Tokens `[T,H]` -> the rows `[R,H]` of this rank's experts, sorted by seat."""
-    rows_NH = permute_rows(x_TH, plan.home)
-    if grid.expert == 1:
-        return rows_NH
-    rows_RH = all_to_all(rows_NH, plan.send, plan.receive, grid.expert_group)
-    return rows_RH if plan.arrival is None else permute_rows(rows_RH, plan.arrival)
+def plan_dispatch(
+    ids_TK: torch.Tensor,
+    probs_TK: torch.Tensor,
+    placement: Placement,
+    grid: Grid,
+    *,
+    dispatcher: str = "auto",
+    chunks: int = 1,
+) -> DispatchPlan:
+    """Plan the ways of the slots ids_TK (global ids; negative: dropped) with their probabilities. Collective.
 
-
-def combine(
-    rows_RH: torch.Tensor, plan: DispatchPlan, grid: Grid, probs_TK: torch.Tensor, post_norm=None
-) -> torch.Tensor:
-    """The experts' outputs `[R,H]` -> tokens `[T,H]`: each the sum of its rows times its probabilities.
-
-    `post_norm` (a module, or None) is applied to each row before it is weighted; it acts on rows one by one, so it
-    is the same on the token's rank as on the expert's.
+    The tokens are cut into `chunks` parts that travel one after the other. Every rank of the expert group must call
+    this for the same layer, also with T = 0.
     """
-    if grid.expert > 1:
-        if plan.arrival is not None:
-            rows_RH = unpermute(rows_RH, plan.arrival)
-        rows_RH = all_to_all(rows_RH, plan.receive, plan.send, grid.expert_group)
-    if post_norm is not None:
-        rows_RH = post_norm(rows_RH)
-    return unpermute(rows_RH, plan.home, probs_TK)
+    copies = placement.copies(grid.expert_rank)
+    places_TK = copies.places(ids_TK)
+    counts_E = torch.zeros(placement.num_experts, dtype=torch.int64, device=ids_TK.device)
+    counts_E.index_add_(0, copies.experts_of_places, count(places_TK, len(copies.experts_of_places)))
+    tokens = _cut(len(ids_TK), chunks)
+    parts = [slots_of(places_TK[part], probs_TK[part]) for part in tokens]
+    if grid.expert == 1:
+        return DispatchPlan(
+            [stay_here(slots, placement.num_experts, cut) for cut, slots in zip(tokens, parts, strict=True)], counts_E
+        )
+
+    ways = _ways(placement, grid, choose_dispatcher(dispatcher, grid, ids_TK.shape[1]), ids_TK.device)
+    hops: list[list[Hop]] = []
+    for way in ways:
+        planned, parts, by_place = plan_hop(parts, way)
+        hops.append(planned)
+    start = sum(placement.held[: grid.expert_rank])
+    held = placement.held[grid.expert_rank]
+    done = []
+    for index, (slots, counts) in enumerate(zip(parts, by_place, strict=True)):
+        seats_MK = torch.where(slots.places_TK < 0, -1, slots.places_TK - start)
+        seats = row_plan(seats_MK, num_experts=max(held, 1), num_rows=sum(counts))
+        done.append(Part(tokens[index], tuple(hop[index] for hop in hops), seats, slots.probs_TK, counts))
+    return DispatchPlan(done, counts_E)
+
+
+def stay_here(slots: Slots, num_seats: int, tokens: slice = slice(None)) -> Part:
+    """The part of tokens that travel nowhere: their places are this rank's seats."""
+    seats = row_plan(slots.places_TK, num_experts=num_seats)
+    return Part(tokens, (), seats, slots.probs_TK, seats.counts_E.tolist())
+
+
+def _cut(tokens: int, chunks: int) -> list[slice]:
+    return [slice(tokens * part // chunks, tokens * (part + 1) // chunks) for part in range(chunks)]
+
+
+def _ways(placement: Placement, grid: Grid, dispatcher: str, device: torch.device) -> list[Way]:
+    rank_of_place = torch.repeat_interleave(torch.arange(grid.expert), torch.tensor(placement.held)).to(device)
+    stops = torch.tensor(placement.held).cumsum(0).tolist()
+    places = [range(stop - held, stop) for stop, held in zip(stops, placement.held, strict=True)]
+    if dispatcher != "node":
+        shared = dispatcher == "dedup"
+        return [Way(grid.expert_group, grid.expert_rank, grid.expert, rank_of_place, shared, tuple(places))]
+    node, local = divmod(grid.expert_rank, grid.node_size)
+    nodes = grid.expert // grid.node_size
+    last = (node * grid.node_size, (node + 1) * grid.node_size)
+    across = Way(grid.across_group, node, nodes, rank_of_place // grid.node_size, True, (range(0),) * nodes)
+    if grid.inside_group is None:  # one rank a node: the first hop is the last
+        return [Way(grid.across_group, node, nodes, rank_of_place, True, tuple(places))]
+    inside = Way(
+        grid.inside_group, local, grid.node_size, rank_of_place % grid.node_size, True, tuple(places[slice(*last)])
+    )
+    return [across, inside]

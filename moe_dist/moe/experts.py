@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from moe_dist.ops.grouped_mlp import Span, swiglu
+from moe_dist.ops.swiglu import swiglu
 
 __all__ = ["ExpertSpan", "ExpertSpec", "swiglu"]
 
@@ -71,11 +71,11 @@ class ExpertSpan(nn.Module):
             parameter.is_expert = True
             self.register_parameter(name, parameter)
 
-    def as_span(self, counts: list[int], dtype: torch.dtype) -> Span:
-        """The span as the grouped MLP takes it; `counts` are the rows of the seats that hold an expert.
+    def tensors(self, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
+        """w_in, w_out, b_in, b_out (None without biases) in the dtype of the computation.
 
-        dtype: of the computation. Parameters of another one (masters in fp32) are rounded to it, differentiably.
+        Parameters of another one (masters in fp32) are rounded to it, differentiably.
         """
         names = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
         tensors = [getattr(self, name, None) for name in names]
-        return Span(*(None if tensor is None else tensor.to(dtype) for tensor in tensors), counts)
+        return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)

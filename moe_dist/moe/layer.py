@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from moe_dist.moe.dispatch import combine, dispatch, plan_dispatch
+from moe_dist.moe.dispatch import plan_dispatch
 from moe_dist.moe.experts import ExpertSpan, ExpertSpec
+from moe_dist.moe.mixture import How, mixture, weighted_after
 from moe_dist.moe.placement import Placement
 from moe_dist.moe.statistics import LoadStatistics
-from moe_dist.ops.grouped_mlp import grouped_mlp
 from moe_dist.parallel.grid import Grid
 
 Recorder = Callable[[torch.Tensor, torch.Tensor], None]
@@ -32,6 +32,9 @@ class MoEExperts(nn.Module):
         post_norm: a module applied to each expert's output row before weighting (few families have one).
 
     Attributes set from outside:
+        dispatcher, chunks: the way of the tokens, and in how many parts they travel; see `moe.dispatch`.
+        wide_sums: what a token's experts on one rank add up to travels home in fp32, not in the dtype of hidden.
+        beside: called once in each forward while tokens travel.
         recompute: compute the expert's inner activations again in the backward instead of keeping them.
         capacity_factor: None is dropless. Otherwise each rank sends at most
             ceil(capacity_factor · T · K / E) of its T tokens to an expert; later ones are dropped and counted.
@@ -60,6 +63,10 @@ class MoEExperts(nn.Module):
         self.post_norm = post_norm
         self.statistics = LoadStatistics(spec.num_experts)
         self.recompute = False
+        self.dispatcher = "auto"
+        self.chunks = 1
+        self.wide_sums = False
+        self.beside: Callable[[], None] | None = None
         self.capacity_factor: float | None = None
         self.token_mask_T: torch.Tensor | None = None
         self.recorders: list[Recorder] = []
@@ -88,18 +95,24 @@ class MoEExperts(nn.Module):
         dropped = 0
         if self.capacity_factor is not None:
             ids_TK, dropped = drop_over_capacity(ids_TK, self.spec.num_experts, self.capacity_factor)
-        plan = plan_dispatch(ids_TK, self.placement, self.grid)
-        self.statistics.add(plan.counts_E, dropped)
 
-        rows_RH = dispatch(hidden_TH, plan, self.grid)
+        def compute(x_TH, chosen_TK, probs_TK):
+            return self._mixture(x_TH, chosen_TK, probs_TK, dropped)
+
+        if self.post_norm is None:
+            return compute(hidden_TH, ids_TK, weights_TK)
+        return weighted_after(compute, self.post_norm, hidden_TH, ids_TK, weights_TK)
+
+    def _mixture(self, hidden_TH, ids_TK, weights_TK, dropped) -> torch.Tensor:
+        plan = plan_dispatch(
+            ids_TK, weights_TK, self.placement, self.grid, dispatcher=self.dispatcher, chunks=self.chunks
+        )
+        self.statistics.add(plan.counts_E, dropped)
         dtype = hidden_TH.dtype if self.frozen is None else self.frozen.down_proj.dtype
-        spans, start = [], 0
-        for span in self.spans():
-            spans.append(span.as_span(plan.seat_counts[start : start + span.held], dtype))
-            start += span.held
-        with torch.autocast(rows_RH.device.type, enabled=False):
-            rows_RH = grouped_mlp(rows_RH.to(dtype), spans, activation=self.spec.activation, recompute=self.recompute)
-        return combine(rows_RH.to(hidden_TH.dtype), plan, self.grid, weights_TK, self.post_norm)
+        wire = torch.promote_types(hidden_TH.dtype, torch.float32) if self.wide_sums else hidden_TH.dtype
+        how = How(self.spec.activation, tuple(span.held for span in self.spans()), wire, self.recompute, self.beside)
+        with torch.autocast(hidden_TH.device.type, enabled=False):
+            return mixture(hidden_TH, weights_TK, plan, how, [span.tensors(dtype) for span in self.spans()])
 
 
 def drop_over_capacity(

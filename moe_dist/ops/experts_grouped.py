@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn import functional as F
@@ -32,12 +32,12 @@ def forward(
     """As `experts_loop.forward`."""
     if not len(x_RH):
         return prepare_forward(x_RH, span, keep_z=keep_z, out=out)
-    z_RF = _linear(x_RH, span.w_in, span.b_in, span.counts)
+    z_RF = _linear(x_RH, span.w_in, span.b_in, span)
     if activation is swiglu:
         a_RI = swiglu_forward(z_RF, factor_R, out=x_RH.new_empty(len(x_RH), span.w_out.shape[2]))
     else:
         a_RI = scaled(activation(z_RF), factor_R)
-    y_RH = _linear(a_RI, span.w_out, span.b_out, span.counts, factor_R)
+    y_RH = _linear(a_RI, span.w_out, span.b_out, span, factor_R)
     return y_RH if out is None else out.copy_(y_RH), z_RF if keep_z else None
 
 
@@ -52,13 +52,14 @@ def backward(
     out: torch.Tensor | None,
     factor_R: torch.Tensor | None = None,
     out_factor: torch.Tensor | None = None,
-) -> list[torch.Tensor | None]:
-    """As `experts_loop.backward`."""
+) -> tuple[torch.Tensor | None, Callable[[], list[torch.Tensor | None]]]:
+    """As `experts_loop.backward`; the weights' gradients are computed when they are asked for."""
     if not len(grad_RH):
-        return prepare_backward(grad_RH, span, needs, out)
+        grad_x_RH, *grads = prepare_backward(grad_RH, span, needs, out)
+        return grad_x_RH, lambda: grads
     if z_RF is None:
-        z_RF = _linear(x_RH, span.w_in, span.b_in, span.counts)
-    grad_a_RI = _linear(grad_RH, span.w_out.transpose(1, 2), None, span.counts)
+        z_RF = _linear(x_RH, span.w_in, span.b_in, span)
+    grad_a_RI = _linear(grad_RH, span.w_out.transpose(1, 2), None, span)
     if activation is swiglu:
         places = {"out": grad_a_RI, "out_grad": torch.empty_like(z_RF), "out_factor": out_factor}
         a_RI, grad_z_RF = swiglu_backward(grad_a_RI, z_RF, factor_R, **places)
@@ -69,21 +70,24 @@ def backward(
             out_factor[rows] += wide_dots(grad_RH[rows], span.b_out[seat])
     grad_x_RH = None
     if needs[0]:
-        grad_x_RH = _linear(grad_z_RF, span.w_in.transpose(1, 2), None, span.counts)
+        grad_x_RH = _linear(grad_z_RF, span.w_in.transpose(1, 2), None, span)
         grad_x_RH = grad_x_RH if out is None else out.copy_(grad_x_RH)
-    return [
-        grad_x_RH,
-        _weight_grad(grad_z_RF, x_RH, span.w_in, span.counts) if needs[1] else None,
-        _weight_grad(grad_RH, a_RI, span.w_out, span.counts) if needs[2] else None,
-        _bias_grad(grad_z_RF, span.b_in, span) if needs[3] else None,
-        _bias_grad(grad_RH, span.b_out, span, factor_R) if needs[4] else None,
-    ]
+
+    def weights() -> list[torch.Tensor | None]:
+        return [
+            _weight_grad(grad_z_RF, x_RH, span.w_in, span) if needs[1] else None,
+            _weight_grad(grad_RH, a_RI, span.w_out, span) if needs[2] else None,
+            _bias_grad(grad_z_RF, span.b_in, span) if needs[3] else None,
+            _bias_grad(grad_RH, span.b_out, span, factor_R) if needs[4] else None,
+        ]
+
+    return grad_x_RH, weights
 
 
-def _weight_grad(grad_RB: torch.Tensor, x_RA: torch.Tensor, w_SBA: torch.Tensor, counts: list[int]) -> torch.Tensor:
+def _weight_grad(grad_RB: torch.Tensor, x_RA: torch.Tensor, w_SBA: torch.Tensor, span: Span) -> torch.Tensor:
     """grad[s]ᵀ · x[s] for each seat: the kernel gives zeros where a seat has no rows, and pad seats get them here."""
-    held = F.grouped_mm(grad_RB.t(), x_RA, offs=_offsets(counts, x_RA.device))
-    pads = len(w_SBA) - len(counts)
+    held = F.grouped_mm(grad_RB.t(), x_RA, offs=_offsets(span, x_RA.device))
+    pads = len(w_SBA) - len(span.counts)
     return F.pad(held, (0, 0, 0, 0, 0, pads)) if pads else held
 
 
@@ -100,18 +104,17 @@ def _linear(
     x_RA: torch.Tensor,
     w_SBA: torch.Tensor,
     b_SB: torch.Tensor | None,
-    counts: list[int],
+    span: Span,
     factor_R: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x · w[s]ᵀ (+ b[s], times the row's factor) for the `counts[s]` rows of each seat s."""
-    held = len(counts)
-    y_RB = F.grouped_mm(x_RA, w_SBA[:held].transpose(1, 2), offs=_offsets(counts, x_RA.device))
+    """x · w[s]ᵀ (+ b[s], times the row's factor) for the rows of each seat s."""
+    held = len(span.counts)
+    y_RB = F.grouped_mm(x_RA, w_SBA[:held].transpose(1, 2), offs=_offsets(span, x_RA.device))
     if b_SB is not None:
-        counts_S = torch.tensor(counts, device=y_RB.device)
-        bias_RB = b_SB[:held].repeat_interleave(counts_S, dim=0, output_size=len(y_RB))
+        bias_RB = b_SB[:held].repeat_interleave(span.counts_on(y_RB.device), dim=0, output_size=len(y_RB))
         y_RB += bias_RB if factor_R is None else bias_RB * factor_R[:, None]
     return y_RB
 
 
-def _offsets(counts: list[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor(counts).cumsum(0).to(device=device, dtype=torch.int32)
+def _offsets(span: Span, device: torch.device) -> torch.Tensor:
+    return span.counts_on(device).cumsum(0).to(torch.int32)

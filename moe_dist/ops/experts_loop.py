@@ -22,7 +22,8 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 class Span:
     """One stack of experts: w_in `[S,F,H]`, w_out `[S,H,I]`, biases `[S,F]` and `[S,H]` or None.
 
-    `counts`: rows of each of the first `len(counts)` seats, in order; later seats get none.
+    `counts`: rows of each of the first `len(counts)` seats, in order; later seats get none. `counts_S`: the same as
+    int64 on the device of the rows, where they are there already; a back end that reads them there never waits.
     """
 
     w_in: torch.Tensor
@@ -30,6 +31,11 @@ class Span:
     b_in: torch.Tensor | None
     b_out: torch.Tensor | None
     counts: list[int]
+    counts_S: torch.Tensor | None = None
+
+    def counts_on(self, device: torch.device) -> torch.Tensor:
+        given = self.counts_S
+        return torch.tensor(self.counts, dtype=torch.int64, device=device) if given is None else given
 
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         return self.w_in, self.w_out, self.b_in, self.b_out
@@ -85,8 +91,11 @@ def backward(
     out: torch.Tensor | None,
     factor_R: torch.Tensor | None = None,
     out_factor: torch.Tensor | None = None,
-) -> list[torch.Tensor | None]:
-    """The gradients of the rows (in `out` if given), w_in, w_out, b_in, b_out; None where `needs` says no.
+) -> tuple[torch.Tensor | None, Callable[[], list[torch.Tensor | None]]]:
+    """(the gradient of the rows, in `out` if given; a function that gives those of w_in, w_out, b_in, b_out).
+
+    None where `needs` says no. The function is called once, when the rows' gradients are on their way: a back end may
+    compute the weights' only then. Here, where one expert's products follow each other in the cache, it does not.
 
     x_RH may be None where neither w_in's gradient nor z (itself None: recomputed) asks for it. `out_factor`, fp32
     `[R]`, receives the gradient of the factor, where it is given.
@@ -121,7 +130,7 @@ def backward(
             grad_b_in.copy_(wide_sum(grad_z))
         if grad_b_out is not None:
             grad_b_out.copy_(wide_sum(grad, factor))
-    return [grad_x_RH, *grads]
+    return grad_x_RH, lambda: grads
 
 
 def prepare_forward(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -36,7 +36,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `experts_loop.forward`."""
     out, z_RF = prepare_forward(x_RH, span, keep_z=keep_z, out=out)
-    counts_S = torch.tensor(span.counts, dtype=torch.int64)
+    counts_S = span.counts_on(x_RH.device)
     torch.ops.moe_dist.experts_forward(x_RH, span.w_in, span.w_out, counts_S, factor_R, out, z_RF)
     return out, z_RF
 
@@ -52,11 +52,11 @@ def backward(
     out: torch.Tensor | None,
     factor_R: torch.Tensor | None = None,
     out_factor: torch.Tensor | None = None,
-) -> list[torch.Tensor | None]:
+) -> tuple[torch.Tensor | None, Callable[[], list[torch.Tensor | None]]]:
     """As `experts_loop.backward`."""
-    done = prepare_backward(grad_RH, span, needs, out)
-    counts_S = torch.tensor(span.counts, dtype=torch.int64)
+    grad_x_RH, *grads = prepare_backward(grad_RH, span, needs, out)
+    counts_S = span.counts_on(grad_RH.device)
     torch.ops.moe_dist.experts_backward(
-        grad_RH, x_RH, z_RF, span.w_in, span.w_out, counts_S, factor_R, *done[:3], out_factor
+        grad_RH, x_RH, z_RF, span.w_in, span.w_out, counts_S, factor_R, grad_x_RH, *grads[:2], out_factor
     )
-    return done
+    return grad_x_RH, lambda: grads

@@ -1,15 +1,17 @@
 """Grouped MLP: every expert's two products and the activation between them, over rows sorted by expert.
 
-    z_RF = x_RH · W_in[e]ᵀ (+ b_in[e])        F = 2I: gate and up stacked (F = I where a family has no gate)
-    a_RI = activation(z_RF)
-    y_RH = a_RI · W_out[e]ᵀ (+ b_out[e])
+    z_RF = x_RH · W_in[e]ᵀ (+ b_in[e])                 F = 2I: gate and up stacked (F = I where a family has no gate)
+    a_RI = p_R · activation(z_RF)                      p: the row's probability, or 1
+    y_RH = a_RI · W_out[e]ᵀ (+ p_R · b_out[e])
 
-The weights come as *spans*: stacks of experts of which all train or none does. What the backward needs is all that a
-span keeps: its rows if it trains, z if anything below or in it needs a gradient, nothing at all otherwise. With
-`recompute` the rows are kept and z is computed again in the backward; nothing is routed or sent again.
+Two passes without autograd; `moe_dist.moe.mixture` makes one differentiable function of them and the way of the rows.
+The weights come as *spans*: stacks of experts of which all train or none does. The probability stands at the
+activation, not at the sum of a token's rows: its gradient, <dy · W_out, activation(z)>, then needs no y.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -18,20 +20,87 @@ from moe_dist.ops.experts_loop import Activation, Span
 from moe_dist.ops.memory import empty
 from moe_dist.ops.swiglu import swiglu
 
-__all__ = ["Activation", "Span", "grouped_mlp", "swiglu"]
+__all__ = ["Activation", "Span", "backward", "forward", "swiglu"]
 
 
-def grouped_mlp(
-    x_RH: torch.Tensor, spans: list[Span], *, activation: Activation, recompute: bool = False
-) -> torch.Tensor:
-    """The experts' outputs `[R,H]` for rows `[R,H]` that lie span after span and, within a span, seat after seat.
+def forward(
+    x_RH: torch.Tensor,
+    spans: Sequence[Span],
+    activation: Activation,
+    *,
+    factor_R: torch.Tensor | None = None,
+    keep_z: Sequence[bool],
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """(y `[R,H]`, z `[R,F]` of each span or None) for rows that lie span after span and, within one, seat after seat.
 
-    The rows of all spans' counts must sum to R. Differentiable in the rows and in the spans' tensors that require
-    grad; a seat without rows gets a gradient of exact zeros.
+    x_RH: contiguous, in the dtype of the weights. factor_R: p, float32 (float64 in float64). keep_z: of each span.
     """
     assert sum(sum(span.counts) for span in spans) == len(x_RH), "rows and counts disagree"
-    tensors = [tensor for span in spans for tensor in span.tensors()]
-    return _GroupedMLP.apply(x_RH, [span.counts for span in spans], activation, recompute, *tensors)
+    # One span's result is the result; those of several are written side by side.
+    y_RH = empty(x_RH, len(x_RH), spans[0].w_out.shape[1]) if len(spans) != 1 else None
+    zs = []
+    for (span, rows), keep in zip(_rows(spans), keep_z, strict=True):
+        out = None if y_RH is None else y_RH[rows]
+        factor = None if factor_R is None else factor_R[rows]
+        done_RH, z_RF = _backend(x_RH, span, activation).forward(
+            x_RH[rows], span, activation, keep_z=keep, out=out, factor_R=factor
+        )
+        zs.append(z_RF)
+    return done_RH if y_RH is None else y_RH, zs
+
+
+def backward(
+    grad_RH: torch.Tensor,
+    x_RH: torch.Tensor | None,
+    zs: Sequence[torch.Tensor | None],
+    spans: Sequence[Span],
+    activation: Activation,
+    *,
+    factor_R: torch.Tensor | None = None,
+    needs_rows: bool,
+    needs_factor: bool = False,
+    needs: Sequence[bool],
+    on_rows: Callable[[torch.Tensor | None, torch.Tensor | None], None],
+) -> list[torch.Tensor | None]:
+    """The gradients of the spans' tensors, four a span; those of the rows `[R,H]` and of the factors `[R]` go to
+    `on_rows` (None where they are not needed) as soon as they are there.
+
+    x_RH: the rows of the first spans, as far as any is needed: those of spans that train and, where z is not kept and
+    has to be computed again, all. needs: of each of the spans' tensors; a seat without rows gets exact zeros.
+    """
+    several = needs_rows and len(spans) > 1
+    dx_RH = empty(grad_RH, len(grad_RH), spans[0].w_in.shape[2]) if several else None
+    dfactor_R = torch.zeros_like(factor_R) if needs_factor else None
+    weights: list[Callable[[], list[torch.Tensor | None]]] = []
+    for i, (span, rows) in enumerate(_rows(spans)):
+        wanted = (needs_rows, *needs[4 * i : 4 * i + 4])
+        if not any(wanted) and not needs_factor:
+            weights.append(lambda: [None] * 4)
+            continue
+        done_RH, span_weights = _backend(grad_RH, span, activation).backward(
+            grad_RH[rows],
+            x_RH[rows] if x_RH is not None and rows.stop <= len(x_RH) else None,
+            zs[i],
+            span,
+            activation,
+            wanted,
+            out=dx_RH[rows] if several else None,
+            factor_R=None if factor_R is None else factor_R[rows],
+            out_factor=dfactor_R[rows] if needs_factor else None,
+        )
+        if not several:
+            dx_RH = done_RH
+        weights.append(span_weights)
+    on_rows(dx_RH, dfactor_R)
+    return [grad for span_weights in weights for grad in span_weights()]
+
+
+def _rows(spans: Sequence[Span]):
+    start = 0
+    for span in spans:
+        rows = slice(start, start + sum(span.counts))
+        start = rows.stop
+        yield span, rows
 
 
 def _backend(x_RH: torch.Tensor, span: Span, activation: Activation):
@@ -42,62 +111,3 @@ def _backend(x_RH: torch.Tensor, span: Span, activation: Activation):
     if x_RH.is_cuda and x_RH.dtype == torch.bfloat16 and all(size % 8 == 0 for size in sizes):
         return experts_grouped
     return experts_native if experts_native.serves(x_RH, span, activation) else experts_loop
-
-
-class _GroupedMLP(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_RH, counts, activation, recompute, *tensors):
-        x_RH = x_RH.contiguous()
-        # One span's result is the result; those of several are written side by side.
-        y_RH = empty(x_RH, len(x_RH), tensors[1].shape[1]) if len(counts) > 1 else None
-        saved_x, saved_z, start = [], [], 0
-        for i, span_counts in enumerate(counts):
-            span = Span(*tensors[4 * i : 4 * i + 4], span_counts)
-            rows = slice(start, start + sum(span_counts))
-            start = rows.stop
-            trains = any(ctx.needs_input_grad[4 + 4 * i : 8 + 4 * i])
-            backward = trains or ctx.needs_input_grad[0]
-            out = None if y_RH is None else y_RH[rows]
-            done_RH, z_RF = _backend(x_RH, span, activation).forward(
-                x_RH[rows], span, activation, keep_z=backward and not recompute, out=out
-            )
-            saved_x.append(x_RH[rows] if trains or (backward and recompute) else None)
-            saved_z.append(z_RF)
-        ctx.save_for_backward(*_apart(saved_x, x_RH), *saved_z, *tensors)
-        ctx.counts, ctx.activation = counts, activation
-        return done_RH if y_RH is None else y_RH
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_y_RH):
-        grad_y_RH = grad_y_RH.contiguous()
-        count = len(ctx.counts)
-        kept = ctx.saved_tensors  # read once: a second reading fails under checkpointing of the caller
-        saved, tensors = kept[: 2 * count], kept[2 * count :]
-        needs_rows = ctx.needs_input_grad[0]
-        several = needs_rows and count > 1
-        grad_x_RH = empty(grad_y_RH, len(grad_y_RH), tensors[0].shape[2]) if several else None
-        grads, start = [], 0
-        for i, span_counts in enumerate(ctx.counts):
-            span = Span(*tensors[4 * i : 4 * i + 4], span_counts)
-            needs = (needs_rows, *ctx.needs_input_grad[4 + 4 * i : 8 + 4 * i])
-            rows = slice(start, start + sum(span_counts))
-            start = rows.stop
-            if not any(needs):
-                grads += [None] * 4
-                continue
-            x_RH, z_RF = saved[i], saved[count + i]
-            done_RH, *span_grads = _backend(grad_y_RH, span, ctx.activation).backward(
-                grad_y_RH[rows], x_RH, z_RF, span, ctx.activation, needs, out=grad_x_RH[rows] if several else None
-            )
-            if not several:
-                grad_x_RH = done_RH
-            grads += span_grads
-        return grad_x_RH, None, None, None, *grads
-
-
-def _apart(parts: list[torch.Tensor | None], whole_RH: torch.Tensor) -> list[torch.Tensor | None]:
-    """The parts of `whole_RH`, copied where they are its smaller half: a view would keep all of it in memory."""
-    if 2 * sum(len(part) for part in parts if part is not None) > len(whole_RH):
-        return parts
-    return [None if part is None else part.clone() for part in parts]

@@ -1,51 +1,62 @@
-"""Collectives that autograd sees. Model code uses these and never `torch.distributed` directly: a plain collective
-cuts the graph, and the gradient of whatever went through it is lost without a word."""
+"""Exchanges between ranks. None of them is seen by autograd: who uses one in a forward writes its backward, too.
+
+Model code uses these and never `torch.distributed` directly, so that everything that travels is counted (`traffic`).
+"""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from moe_dist.parallel import traffic
+
 _waited = 0.0
 
 
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows_NH, send, receive, group):
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        return exchange_rows(rows_NH, send, receive, group)
+@dataclass(frozen=True)
+class Flight:
+    """Rows under way. `sent_NH` stays alive until they have landed: the exchange reads it."""
 
-    @staticmethod
-    def backward(ctx, grad_RH):
-        # The rows came from the ranks that `send` counts: their gradients go back the same way.
-        return exchange_rows(grad_RH.contiguous(), ctx.receive, ctx.send, ctx.group), None, None, None
+    received_RH: torch.Tensor
+    sent_NH: torch.Tensor
+    work: dist.Work
+
+    def land(self) -> torch.Tensor:
+        """The received rows `[R, ...]`; on a GPU the current stream waits for them, the host does not."""
+        global _waited
+        start = time.perf_counter()
+        self.work.wait()
+        _waited += time.perf_counter() - start
+        return self.received_RH
 
 
-def all_to_all(rows_NH: torch.Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+def start_exchange(
+    rows_NH: torch.Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, *, what: str
+) -> Flight:
     """Send `send[r]` consecutive rows to each rank r of `group` and receive `receive[r]` from it, in rank order.
 
-    rows_NH: `[sum(send), ...]`. Returns `[sum(receive), ...]`, same dtype. Counts may be zero and uneven.
-    Differentiable; the backward is the same exchange reversed, and runs on every rank of the group alike.
+    rows_NH: `[sum(send), ...]`. What lands is `[sum(receive), ...]`, same dtype. Counts may be zero and uneven.
+    Every rank of the group calls this, in the same order of calls. `what` names the exchange where it is counted.
     """
-    return _AllToAll.apply(rows_NH, send, receive, group)
-
-
-def exchange_rows(rows_NH: torch.Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> torch.Tensor:
-    """The exchange of `all_to_all` without autograd (for integers and inside backward functions)."""
-    global _waited
+    rows_NH = rows_NH.contiguous()
     received_RH = rows_NH.new_empty((sum(receive), *rows_NH.shape[1:]))
-    start = time.perf_counter()
-    dist.all_to_all_single(
-        received_RH, rows_NH.contiguous(), output_split_sizes=receive, input_split_sizes=send, group=group
-    )
-    _waited += time.perf_counter() - start
-    return received_RH
+    traffic.note(what, send, dist.get_rank(group), rows_NH[:1].numel() * rows_NH.element_size())
+    work = dist.all_to_all_single(received_RH, rows_NH, receive, send, group=group, async_op=True)
+    return Flight(received_RH, rows_NH, work)
+
+
+def exchange(
+    rows_NH: torch.Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, *, what: str
+) -> torch.Tensor:
+    """`start_exchange`, and wait."""
+    return start_exchange(rows_NH, send, receive, group, what=what).land()
 
 
 def waited() -> float:
-    """Seconds that this process has spent in exchanges so far: what a rank works is its time without them."""
+    """Seconds that this process has waited for rows so far: what a rank works is its time without them."""
     return _waited
 
 

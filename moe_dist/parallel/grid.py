@@ -8,6 +8,7 @@ node as long as a node is large enough.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -23,6 +24,8 @@ class Grid:
     `expert_group`: the ranks that exchange tokens; together they hold every expert once.
     `expert_data_group`: the ranks that hold the same experts for different tokens.
     `data_group`: the ranks that see different tokens and hold the same dense weights.
+    `node_size`: consecutive ranks that share a node. Where an expert group consists of several whole nodes it is cut
+    twice more: `across_group` is the ranks with this rank's place in their nodes, `inside_group` those of its node.
     """
 
     world: int = 1
@@ -36,7 +39,10 @@ class Grid:
     expert_data_rank: int = 0
     data_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    node_size: int = 1
     expert_group: dist.ProcessGroup | None = None
+    across_group: dist.ProcessGroup | None = None
+    inside_group: dist.ProcessGroup | None = None
     expert_data_group: dist.ProcessGroup | None = None
     data_group: dist.ProcessGroup | None = None
 
@@ -83,10 +89,17 @@ def layout(
 
 
 def build_grid(
-    *, expert: int = 1, pipeline: int = 1, sequence: int = 1, tensor: int = 1, device: torch.device | str = "cpu"
+    *,
+    expert: int = 1,
+    pipeline: int = 1,
+    sequence: int = 1,
+    tensor: int = 1,
+    node_size: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> Grid:
     """Cut the running torch.distributed world (one process if there is none) into groups. Collective.
 
+    node_size: ranks that share a node; what the launcher says (LOCAL_WORLD_SIZE) when absent, else all.
     Every group is used once before this returns: a communicator that is set up lazily in the middle of a step can
     hang or run out of memory far from its cause.
     """
@@ -94,13 +107,14 @@ def build_grid(
     world, rank = (dist.get_world_size(), dist.get_rank()) if initialised else (1, 0)
     sizes = {"pipeline": pipeline, "sequence": sequence, "tensor": tensor, "expert": expert}
     grid = layout(world, rank, **sizes)
-    lists = _group_lists(world, **sizes)
+    node_size = node_size or int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    lists = _group_lists(world, **sizes) | _node_lists(world, expert, node_size)
     groups = {name: _my_group(rank, members) for name, members in lists.items()}
     device = torch.device(device)
     for group in groups.values():
         if group is not None:
             dist.all_reduce(torch.zeros(1, device=device), group=group)
-    return replace(grid, device=device, **groups)
+    return replace(grid, device=device, node_size=node_size, **groups)
 
 
 def _group_lists(world: int, *, expert: int, pipeline: int, sequence: int, tensor: int) -> dict[str, list[list[int]]]:
@@ -111,6 +125,17 @@ def _group_lists(world: int, *, expert: int, pipeline: int, sequence: int, tenso
         "data_group": ranks.permute(0, 2, 3, 1).flatten(0, 2).tolist(),
         "expert_group": folded.flatten(0, 1).tolist(),
         "expert_data_group": folded.transpose(1, 2).flatten(0, 1).tolist(),
+    }
+
+
+def _node_lists(world: int, expert: int, node_size: int) -> dict[str, list[list[int]]]:
+    """The member ranks of the groups across and inside nodes; none where an expert group is not several whole nodes."""
+    if expert <= node_size or expert % node_size:
+        return {}
+    ranks = torch.arange(world).view(-1, expert // node_size, node_size)  # [pipeline and expert_data, node, place]
+    return {
+        "across_group": ranks.transpose(1, 2).flatten(0, 1).tolist(),
+        "inside_group": ranks.flatten(0, 1).tolist(),
     }
 
 

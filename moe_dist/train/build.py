@@ -13,6 +13,7 @@ from moe_dist.config.expert_files import read_summary
 from moe_dist.config.schema import RunConfig, TrainableSection
 from moe_dist.data.offline_tokenizer import OFFLINE, offline_tokenizer
 from moe_dist.errors import UserError
+from moe_dist.models.beside import compute_shared_experts_beside
 from moe_dist.models.initialising import init_model
 from moe_dist.models.loading import load_model, resolve_folder
 from moe_dist.models.lora import PARAMETERS as LORA_PARAMETERS
@@ -101,9 +102,25 @@ def build_model(config: RunConfig, plan: ModelPlan, grid: Grid) -> nn.Module:
     freeze(model, plan.selection)
     for _, layer in moe_layers(model):
         layer.capacity_factor = config.moe.capacity_factor
+        layer.dispatcher, layer.chunks = config.moe.dispatcher, config.moe.chunks
+        layer.wide_sums = config.moe.wire == "float32"
     if config.train.recompute:
         enable_recompute(model)
+    if _overlaps(config, grid):
+        compute_shared_experts_beside(model)
     return model.train()
+
+
+def _overlaps(config: RunConfig, grid: Grid) -> bool:
+    """Whether shared experts compute while tokens travel.
+
+    ZeRO 3 gathers a module's parameters when the block calls it, which is not where it would run then.
+    """
+    if config.moe.overlap and config.parallel.zero_stage == 3:
+        raise UserError("moe.overlap=true needs parallel.zero_stage 0, 1 or 2; leave it out, or set it to false")
+    if config.moe.overlap is None:
+        return grid.device.type == "cuda" and grid.expert > 1 and config.parallel.zero_stage < 3
+    return config.moe.overlap
 
 
 def load_tokenizer(config: RunConfig, plan: ModelPlan):

@@ -68,7 +68,7 @@ def evaluate_run(config: RunConfig, *, weights: str | None = None) -> tuple[int 
     of each domain.
     """
     device = start_ranks()
-    grid = build_grid(expert=config.parallel.expert, device=device)
+    grid = build_grid(expert=config.parallel.expert, node_size=config.parallel.node_size, device=device)
     plan = plan_model(config, grid)
     data = build_data(config.data, load_tokenizer(config, plan), seed=config.run.seed)
     if not data.eval:

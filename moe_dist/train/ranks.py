@@ -97,7 +97,7 @@ def ranks_together(config: RunConfig) -> Iterator[Together]:
                 config=to_dict(config),
             )
         form_group(device, store=store)
-        grid = build_grid(expert=config.parallel.expert, device=device)
+        grid = build_grid(expert=config.parallel.expert, node_size=config.parallel.node_size, device=device)
         if world > 1 and launch.preflight:
             check_collectives(store, grid, facts)
         yield Together(grid, stop, guard, store, facts, speed)

@@ -112,8 +112,8 @@ def attempt(tree: dict, fault: str | None) -> tuple[str, str, float]:
             patch(facts, "VISIBLE", 0.2)
             patch(exchange, "own_facts", lambda *a, **k: {**facts.own_facts(*a, **k), "sees": False})
         elif fault == "all-to-all":
-            real = collectives.exchange_rows
-            patch(collectives, "exchange_rows", lambda *a: real(*a) + 1)
+            real = collectives.exchange
+            patch(collectives, "exchange", lambda *a, **k: real(*a, **k) + 1)
         elif fault == "product":
             patch(collectives, "_product", lambda device: False)
     start = time.perf_counter()

@@ -30,6 +30,10 @@ class Case:
     only_experts: tuple[int, ...] | None = None  # route to these alone
     masked: bool = False  # every third token is padding
     dtype: torch.dtype = torch.float64
+    way: str = "auto"
+    node_size: int | None = None  # ranks a node; all on one when absent
+    chunks: int = 1
+    wide_sums: bool = False
 
 
 def problem(case: Case):
@@ -63,7 +67,7 @@ def problem(case: Case):
 
 def layer_on_a_rank(case: Case, expert: int) -> dict:
     """Outputs and gradients of this rank's part, expert gradients by global id."""
-    grid = build_grid(expert=expert)
+    grid = build_grid(expert=expert, node_size=case.node_size)
     data = problem(case)
     train = range(case.experts) if case.trainable is None else case.trainable
     placement = contiguous(case.experts, ranks=expert, trainable=train)
@@ -72,6 +76,7 @@ def layer_on_a_rank(case: Case, expert: int) -> dict:
         placement = from_lists(lists, num_experts=case.experts, trainable=train)
     layer = MoEExperts(ExpertSpec(case.experts, HIDDEN, WIDTH, bias=case.bias), placement, grid, dtype=case.dtype)
     layer.recompute = case.recompute
+    layer.dispatcher, layer.chunks, layer.wide_sums = case.way, case.chunks, case.wide_sums
     with torch.no_grad():
         for name, parameter, seats in layer.expert_parameters():
             for seat, expert_id in enumerate(seats):
@@ -151,6 +156,31 @@ CASES = {
 def test_float64(ranks, name, world, expert):
     results = ranks(world, layer_on_a_rank, CASES[name], expert, timeout=20)
     compare(CASES[name], results, 1e-12)
+
+
+# (dispatcher, ranks a node, chunks, sums in fp32)
+WAYS = {
+    "alltoall": {"way": "alltoall"},
+    "alltoall in chunks": {"way": "alltoall", "chunks": 3},
+    "dedup in chunks": {"way": "dedup", "chunks": 3},
+    "nodes of two": {"way": "node", "node_size": 2},
+    "nodes of two in chunks": {"way": "node", "node_size": 2, "chunks": 2},
+    "nodes of one": {"way": "node", "node_size": 1},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", CASES)
+def test_every_way_in_float64(ranks, name, way):
+    case = replace(CASES[name], **WAYS[way])
+    compare(case, ranks(4, layer_on_a_rank, case, 4, timeout=20), 1e-12)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("wide_sums", [False, True])
+def test_every_way_in_float32(ranks, way, wide_sums):
+    case = Case(dtype=torch.float32, wide_sums=wide_sums, trainable=(1, 5, 6), **WAYS[way])
+    compare(case, ranks(4, layer_on_a_rank, case, 4, timeout=20), 2e-6)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
+from moe_dist.parallel.collectives import start_exchange
 from tests.parity.cells import Cell
 
 BASE = Cell("qwen3_moe", (2, 2), 1, "all", 50_000_000, "none", False)
@@ -69,10 +70,10 @@ def stale_experts_without_rows(original):
     return _changed_weight_gradients(original, leave)
 
 
-def last_row_without_gradient(original):
+def first_token_without_gradient(original):
     def backward(ctx, grad):
         grads = original(ctx, grad)
-        grads[0][-1:] = 0
+        grads[0][:1] = 0
         return grads
 
     return backward
@@ -85,7 +86,8 @@ def _changed_weight_gradients(original, change):
         grads = original(ctx, grad)
         for place, gradient in enumerate(grads[4:]):
             if gradient is not None:
-                change(gradient, ctx.counts[place // 4])
+                counts = torch.tensor(ctx.plan.parts[0].seat_counts).split(list(ctx.how.held))
+                change(gradient, counts[place // 4].tolist())
         return grads
 
     return backward
@@ -95,11 +97,15 @@ def _changed_weight_gradients(original, change):
 
 
 def router_weights_detached(original):
-    return lambda rows, plan, grid, probs, post_norm=None: original(rows, plan, grid, probs.detach(), post_norm)
+    return lambda x, probs, *rest: original(x, probs.detach(), *rest)
 
 
 def probabilities_in_the_wrong_order(original):
-    return lambda rows, plan, grid, probs, post_norm=None: original(rows, plan, grid, probs.flip(1), post_norm)
+    return lambda ids, probs, *rest, **options: original(ids, probs.flip(1), *rest, **options)
+
+
+def probability_gradients_in_the_wrong_order(original):
+    return lambda self, flight: original(self, flight).flip(1)
 
 
 def balance_loss_once_per_rank(original):
@@ -123,22 +129,36 @@ def padding_in_the_balance_loss(original):
 def rows_sent_to_the_neighbour(original):
     """Two experts' positions are exchanged in the plan, not in the weights."""
 
-    def plan(ids_TK, placement, grid):
+    def plan(ids_TK, *rest, **options):
         other = torch.where(ids_TK == 0, 1, torch.where(ids_TK == 1, 0, ids_TK))
-        return original(other, placement, grid)
+        return original(other, *rest, **options)
 
     return plan
 
 
-def gradient_of_the_exchange_not_reversed(original):
-    return lambda ctx, grad: (grad.contiguous(), None, None, None)
+def way_back_not_reversed(original):
+    def start_back(self, y_MH):
+        return start_exchange(y_MH, self.send, self.receive, self.way.group, what="rows back")
+
+    return start_back
+
+
+def slots_that_share_a_row_lost(original):
+    """Where two experts of a token live on one rank, only the first of them is told of it."""
+
+    def rows(places_TK, way):
+        plan, _, destination_TK = original(places_TK, way)
+        firsts_TK = torch.where(plan.row_of_slot_TK < 0, -1, destination_TK)
+        return plan, plan.row_of_slot_TK.long(), firsts_TK
+
+    return rows
 
 
 def last_slot_lost(original):
-    def plan(ids_TK, placement, grid):
+    def plan(ids_TK, *rest, **options):
         lost = ids_TK.clone()
         lost[-1:, -1:] = -1
-        return original(lost, placement, grid)
+        return original(lost, *rest, **options)
 
     return plan
 
@@ -265,23 +285,23 @@ def only_the_last_micro_batch(original):
 
 
 MOE, TRAIN, MODELS = "moe_dist.moe", "moe_dist.train", "moe_dist.models"
-MLP_BACKWARD = "moe_dist.ops.grouped_mlp:_GroupedMLP.backward"
+BACKWARD = "moe_dist.moe.mixture:_Mixture.backward"
 SEAM = f"{TRAIN}.deepspeed_seam"
 
 FAULTS = {
-    "expert gradient x EP": Fault(MLP_BACKWARD, expert_gradient_times_ep),
-    "expert gradient averaged": Fault(MLP_BACKWARD, expert_gradient_mean_over_ranks),
-    "expert without rows": Fault(MLP_BACKWARD, stale_experts_without_rows, FOUR),
-    "last row without gradient": Fault(MLP_BACKWARD, last_row_without_gradient, ONE_RANK),
-    "router detached": Fault(f"{MOE}.layer:combine", router_weights_detached, ONE_RANK),
-    "probabilities flipped": Fault(f"{MOE}.layer:combine", probabilities_in_the_wrong_order, ONE_RANK),
+    "expert gradient x EP": Fault(BACKWARD, expert_gradient_times_ep),
+    "expert gradient averaged": Fault(BACKWARD, expert_gradient_mean_over_ranks),
+    "expert without rows": Fault(BACKWARD, stale_experts_without_rows, FOUR),
+    "token without gradient": Fault(BACKWARD, first_token_without_gradient, ONE_RANK),
+    "router detached": Fault(f"{MOE}.layer:mixture", router_weights_detached, ONE_RANK),
+    "probabilities flipped": Fault(f"{MOE}.layer:plan_dispatch", probabilities_in_the_wrong_order, ONE_RANK),
     "balance loss x ranks": Fault(f"{TRAIN}.routing:Routing.loss_share", balance_loss_once_per_rank, BALANCED),
     "balance loss detached": Fault(f"{TRAIN}.routing:Routing.loss_share", balance_loss_without_graph, BALANCED),
     "balance loss of padding": Fault(f"{MOE}.balance:RealTokens.count", padding_in_the_balance_loss, BALANCED),
     "rows to another expert": Fault(f"{MOE}.layer:plan_dispatch", rows_sent_to_the_neighbour),
-    "exchange not reversed": Fault(
-        "moe_dist.parallel.collectives:_AllToAll.backward", gradient_of_the_exchange_not_reversed, stops=True
-    ),
+    "way back not reversed": Fault(f"{MOE}.hop:Hop.start_back", way_back_not_reversed, stops=True),
+    "shared row, one slot": Fault(f"{MOE}.hop:_rows_by_destination", slots_that_share_a_row_lost, stops=True),
+    "probability gradients flipped": Fault(f"{MOE}.hop:Hop.pick_back", probability_gradients_in_the_wrong_order),
     "slot lost": Fault(f"{MOE}.layer:plan_dispatch", last_slot_lost, ONE_RANK),
     "frozen rank leaves": Fault(f"{MOE}.layer:MoEExperts.forward", frozen_rank_leaves_the_graph, ESFT, stops=True),
     "expert not loaded": Fault(f"{MODELS}.loading:_read_experts", last_expert_not_loaded),

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.launch.preflight.compare import Finding
-from moe_dist.parallel.collectives import exchange_rows
+from moe_dist.parallel.collectives import exchange
 from moe_dist.parallel.grid import Grid
 
 LENGTH = 1 << 14
@@ -65,6 +65,6 @@ def _all_to_all(group: dist.ProcessGroup, device: torch.device) -> bool:
     send = [(rank + 2 * other) % 3 for other in range(size)]
     receive = [(other + 2 * rank) % 3 for other in range(size)]
     rows = torch.tensor([1000 * rank + other for other, count in enumerate(send) for _ in range(count)], device=device)
-    got = exchange_rows(rows.float().view(-1, 1).expand(-1, 64), send, receive, group)
+    got = exchange(rows.float().view(-1, 1).expand(-1, 64), send, receive, group, what="preflight")
     wanted = [1000 * other + rank for other, count in enumerate(receive) for _ in range(count)]
     return torch.equal(got, torch.tensor(wanted, device=device).float().view(-1, 1).expand(-1, 64))

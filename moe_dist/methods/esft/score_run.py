@@ -39,7 +39,7 @@ def score_run(
     if tokens < 1:
         raise UserError(f"tokens={tokens}: has to be at least 1")
     device = start_ranks()
-    grid = build_grid(expert=config.parallel.expert, device=device)
+    grid = build_grid(expert=config.parallel.expert, node_size=config.parallel.node_size, device=device)
     config = replace(config, trainable=TrainableSection())  # what trains is what the scores are to tell
     plan = plan_model(config, grid)
     data = build_data(config.data, load_tokenizer(config, plan), seed=config.run.seed)

@@ -90,9 +90,9 @@ def trace(folder: str, experts: dict, ep: int = 1) -> dict:
             found["kept"][place["layer"]] += 1
         return tensor
 
-    real = moe_layer.grouped_mlp
+    real = moe_layer.mixture
 
-    def grouped_mlp(rows_RH, spans, **options):
+    def mixture(x_TH, probs_TK, plan, how, spans):
         sizes = []
 
         def see(tensor):
@@ -100,13 +100,14 @@ def trace(folder: str, experts: dict, ep: int = 1) -> dict:
             return keep(tensor)
 
         with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
-            out = real(rows_RH, spans, **options)
-        found["in_experts"].append(([sum(span.counts) for span in spans], sum(sizes)))
+            out = real(x_TH, probs_TK, plan, how, spans)
+        counts = torch.tensor(plan.parts[0].seat_counts).split(list(how.held))
+        found["in_experts"].append(([int(count.sum()) for count in counts], sum(sizes)))
         return out
 
     data = batch(step=dist.get_rank())
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with patch.object(moe_layer, "grouped_mlp", grouped_mlp), hooks:
+    with patch.object(moe_layer, "mixture", mixture), hooks:
         logits = model(**model_inputs(data, model.config)).logits
     exchange = dist.all_to_all_single
 
@@ -143,7 +144,8 @@ def test_rows_are_kept_for_the_trainable_span_alone(ranks, folder):
 
 @pytest.mark.parametrize("lowest", range(LAYERS))
 def test_every_rank_exchanges_as_often_and_no_more_than_needed(ranks, folder, lowest):
-    """Expert 1 lives on the first rank. A layer above exchanges back twice, the lowest once, those below never."""
+    """Expert 1 lives on the first rank. A layer above sends gradients of its output away and gets those of its rows and
+    of their probabilities back, the lowest only the first of the three, those below nothing."""
     for found in ranks(2, trace, folder, {str(lowest): [1]}, 2, timeout=60):
-        assert found["exchanges"] == 1 + 2 * (LAYERS - 1 - lowest)
+        assert found["exchanges"] == 1 + 3 * (LAYERS - 1 - lowest)
         assert found["requires_grad"] == [layer >= lowest for layer in range(LAYERS)]
