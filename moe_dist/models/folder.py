@@ -64,12 +64,19 @@ class WeightFiles:
         self._open.clear()
 
     def read(self, key: str) -> torch.Tensor:
-        """A tensor, whole. Its memory may be the mapped file: copy before writing to it."""
-        return self._handle(key).get_tensor(key)
+        """A tensor, whole. Its memory may be the mapped file: copy before writing to it. UserError for a NaN in it."""
+        return self._checked(key, self._handle(key).get_tensor(key))
 
     def read_row(self, key: str, row: int) -> torch.Tensor:
-        """One row of a tensor's dimension 0; no other row is touched."""
-        return self._handle(key).get_slice(key)[row]
+        """One row of a tensor's dimension 0; no other row is touched. UserError for a NaN in it."""
+        return self._checked(key, self._handle(key).get_slice(key)[row])
+
+    def _checked(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        # A NaN makes the sum one: a pass without a mask as long as the tensor. So do infinities of both signs.
+        wide = tensor.is_floating_point() and tensor.element_size() > 1
+        if wide and tensor.sum().isnan() and tensor.isnan().any():
+            raise UserError(f"{self.tensors[key].file}: the tensor {key} holds a NaN, so the file is damaged")
+        return tensor
 
     def check(self) -> None:
         """UserError unless every file is sound: tensors side by side in it, each with the bytes of its shape."""

@@ -64,12 +64,13 @@ class MetricLog:
             self._bar.update()
 
     def close(self) -> None:
-        for resource, end in ((self._bar, "close"), (self._stream, "close"), (self._wandb, "finish")):
+        loggers = ((self._bar, "close", "bar"), (self._stream, "close", "metrics"), (self._wandb, "finish", "wandb"))
+        for resource, end, kind in loggers:
             if resource is not None:
                 try:
                     getattr(resource, end)()
                 except Exception as error:  # closing a logger must not turn a finished run into a failed one
-                    self._warn(end, f"closing a logger failed: {error}")
+                    self._warn(kind, f"closing a logger failed: {error}")
 
     def _start_wandb(self, config: RunConfig, folder: Path) -> None:
         # The id is kept in the run folder before wandb starts, so that a resumed run continues the same curve.

@@ -29,12 +29,14 @@ def group_of(grid: Grid) -> Group:
 
 
 def find(place: Path, group: Group) -> Path | None:
-    """The checkpoint that `place` means: itself, or the newest complete one in a folder of them. Collective.
+    """The checkpoint that `place` means: itself, or the newest whole one in a folder of them. Collective.
 
-    A run folder stands for its checkpoints. None where there is none at all; UserError where there are only damaged
-    ones: starting over without a word would throw away what might be saved of them.
+    Every byte of it is read. A run folder stands for its checkpoints. None where there is none at all. UserError where
+    `place` is itself one and damaged, or holds damaged ones only: starting over without a word would throw away what
+    might be saved of them.
     """
-    if (place / "manifest.json").exists():
+    if group.gather((place / "manifest.json").exists())[0]:
+        checkpoint.verify(place, group=group).raise_if_bad()
         return place
     if (place / "checkpoints").is_dir():
         place = place / "checkpoints"

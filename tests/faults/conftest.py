@@ -13,6 +13,7 @@ from tests.faults.items import ITEMS
 
 HERE = Path(__file__).parent
 RESULTS = "MOE_DIST_FAULT_RESULTS"  # the file to which the report wants a line of every test
+LENT_TIMEOUT_S = 900  # the marks of their own modules do not come along
 _NAME = re.compile(r"test_fault_(\d\d)_\w+")
 
 
@@ -27,8 +28,11 @@ def pytest_collection_modifyitems(config, items):
     nameless = [test.nodeid for test in here if item_of(test.name) is None]
     if nameless:
         raise pytest.UsageError(f"tests of faults are named test_fault_NN_..., after tests/faults/items.py: {nameless}")
+    lent = [test for test in here if HERE / "lent" in test.path.parents]
+    for test in lent:
+        test.add_marker(pytest.mark.timeout(LENT_TIMEOUT_S))
     if not config.getoption("--faults"):
-        left_out = [test for test in here if test.get_closest_marker("report_only")]
+        left_out = [test for test in here if test in lent or test.get_closest_marker("report_only")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [test for test in items if test not in set(left_out)]
 

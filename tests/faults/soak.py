@@ -29,7 +29,7 @@ from tests.pool import PRELOAD, free_port
 from tests.run.processes import write_config
 from tests.run.runs import assert_same_bits, events, make_files, settings, stored, trainer_state
 
-KILLS, STEPS, EVERY = 100, 60, 2
+KILLS, STEPS, EVERY = 100, 60, 1
 END_S = 120  # for a run to end, on a machine that may be busy with other work
 LEFT_S = 10  # for a rank to end whose peer is gone
 WORLD = 2
@@ -109,7 +109,7 @@ class Soak:
         """Whether the run was killed before its end."""
         root = run / "checkpoints"
         before, started = newest(root), time.time()
-        time.sleep(self.chance.uniform(0, self.seconds))
+        time.sleep(self.chance.uniform(0, self.seconds / 2))
         victim = self.chance.randrange(WORLD)
         if any(process.exitcode is not None for process in processes):
             assert [process.exitcode for process in self._ended(processes)] == [EXIT_OK] * WORLD, self._said(run)

@@ -1,0 +1,4 @@
+from tests.data import test_attention as lender
+
+test_fault_33_documents_of_a_row_are_strangers = lender.test_documents_of_a_row_are_strangers
+test_fault_33_no_gradient_crosses = lender.test_no_gradient_crosses

@@ -1,0 +1,6 @@
+from tests.moe import test_balance as lender
+
+test_fault_29_packing_and_padding_change_nothing = lender.test_packing_and_padding_change_nothing
+test_fault_29_accumulation_over_micro_batches = lender.test_accumulation_over_micro_batches
+test_fault_29_shares_sum_to_the_loss_of_one = lender.test_shares_sum_to_the_loss_of_one_process
+test_fault_29_hf_is_transformers_own_function = lender.test_hf_is_transformers_own_function

@@ -1,0 +1,7 @@
+from tests.data import test_cache as lender
+from tests.data.conftest import tokenizer, write_jsonl
+
+test_fault_32_processes_that_build_at_once_give = lender.test_processes_that_build_at_once_give_one_whole_entry
+test_fault_32_without_locks_the_first_rename = lender.test_without_locks_the_first_rename_wins
+test_fault_32_killed_while_writing_leaves = lender.test_killed_while_writing_leaves_nothing_that_looks_whole
+test_fault_32_damaged_entry_is_named = lender.test_damaged_entry_is_named

@@ -1,0 +1,4 @@
+from tests.checkpoint import test_best as lender
+from tests.checkpoint.test_best import root
+
+test_fault_08_retention_spares_it_and_resuming = lender.test_retention_spares_it_and_resuming_does_not_take_it

@@ -1,0 +1,7 @@
+from tests.checkpoint import test_retention as lender
+from tests.checkpoint.test_retention import root
+
+test_fault_08_pinned_ones_stay = lender.test_pinned_ones_stay
+test_fault_08_the_last_good_one_stays_when = lender.test_the_last_good_one_stays_when_the_newer_are_damaged
+test_fault_08_nothing_goes_when_none_is_good = lender.test_nothing_goes_when_none_is_good
+test_fault_08_nothing_goes_while_a_save_is_under = lender.test_nothing_goes_while_a_save_is_under_way

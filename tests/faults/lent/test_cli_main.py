@@ -1,0 +1,4 @@
+from tests.cli import test_main as lender
+
+test_fault_43_help_is_quick_and_teaches = lender.test_help_is_quick_and_teaches
+test_fault_43_import_and_help_leave_torch_alone = lender.test_import_and_help_leave_torch_alone

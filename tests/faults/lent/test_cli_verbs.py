@@ -1,0 +1,5 @@
+from tests.cli import test_verbs as lender
+from tests.cli.test_verbs import folder
+
+test_fault_43_train_resume_evaluate_export = lender.test_train_resume_evaluate_export
+test_fault_43_dry_run_needs_no_weights_data_or = lender.test_dry_run_needs_no_weights_data_or_network

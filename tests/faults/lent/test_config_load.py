@@ -1,0 +1,4 @@
+from tests.config import test_load as lender
+
+test_fault_35_references_cannot_read_secrets_or = lender.test_references_cannot_read_secrets_or_explode
+test_fault_38_remote_code_needs_a_pinned_commit = lender.test_remote_code_needs_a_pinned_commit

@@ -1,0 +1,4 @@
+from tests.config import test_save as lender
+
+test_fault_35_secrets_are_redacted_by_key = lender.test_secrets_are_redacted_by_key_and_by_form
+test_fault_35_resolved_file_reads_back_and_hides = lender.test_resolved_file_reads_back_and_hides_secrets

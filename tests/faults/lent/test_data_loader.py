@@ -1,0 +1,6 @@
+from tests.data import test_loader as lender
+from tests.data.conftest import tokenizer, write_jsonl
+from tests.data.test_loader import section
+
+test_fault_12_resume_goes_on_where_it_stopped = lender.test_resume_goes_on_where_it_stopped
+test_fault_13_resume_with_other_data_is_refused = lender.test_resume_with_other_data_is_refused

@@ -1,0 +1,4 @@
+from tests.data import test_sampler as lender
+
+test_fault_12_interrupted_runs = lender.test_interrupted_runs_at_changing_world_sizes_skip_and_repeat_nothing
+test_fault_12_each_epoch_holds_every_row_once = lender.test_each_epoch_holds_every_row_once_whatever_the_batch

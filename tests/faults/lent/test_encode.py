@@ -1,0 +1,4 @@
+from tests.data import test_encode as lender
+from tests.data.conftest import tokenizer
+
+test_fault_34_missing_template_and_missing_eos = lender.test_missing_template_and_missing_eos_are_errors

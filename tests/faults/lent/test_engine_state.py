@@ -1,0 +1,3 @@
+from tests.train import test_engine_state as lender
+
+test_fault_26_a_bad_step_never_happened = lender.test_a_bad_step_never_happened

@@ -1,0 +1,4 @@
+from tests.checkpoint import test_fingerprint as lender
+from tests.checkpoint.test_fingerprint import base
+
+test_fault_36_an_index_that_leaves_the_folder = lender.test_an_index_that_leaves_the_folder_is_refused

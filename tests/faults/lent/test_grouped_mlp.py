@@ -1,0 +1,6 @@
+from tests.ops import test_grouped_mlp as lender
+
+test_fault_27_a_seat_without_rows_gets_exact = lender.test_a_seat_without_rows_gets_exact_zeros
+test_fault_27_no_expert_sees_the_rows_of_another = lender.test_no_expert_sees_the_rows_of_another
+test_fault_28_against_a_loop = lender.test_against_a_loop
+test_fault_28_threads_over_experts_against_one = lender.test_threads_over_experts_against_one_after_the_other

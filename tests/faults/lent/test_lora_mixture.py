@@ -1,0 +1,3 @@
+from tests.ops import test_lora_mixture as lender
+
+test_fault_30_without_b_it_is_the_base_layer = lender.test_without_b_it_is_the_base_layer_to_the_bit

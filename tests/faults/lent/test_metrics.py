@@ -1,0 +1,4 @@
+from tests.train import test_metrics as lender
+
+test_fault_41_a_folder_that_cannot_be_written = lender.test_a_folder_that_cannot_be_written_is_one_warning
+test_fault_41_offline_wandb_keeps_one_id_over = lender.test_offline_wandb_keeps_one_id_over_restarts

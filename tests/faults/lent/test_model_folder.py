@@ -1,0 +1,9 @@
+from tests.models import test_folder as lender
+from tests.models.conftest import tiny
+from tests.models.test_folder import folder, sharded
+
+test_fault_36_the_index_cannot_leave_the_folder = lender.test_the_index_cannot_leave_the_folder
+test_fault_37_pickles_are_refused_with_the_way = lender.test_pickles_are_refused_with_the_way_out
+test_fault_39_damaged_header = lender.test_damaged_header
+test_fault_39_truncated_file = lender.test_truncated_file
+test_fault_39_wrong_shape_of_an_expert = lender.test_wrong_shape_of_an_expert_and_of_a_dense_tensor

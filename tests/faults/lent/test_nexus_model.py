@@ -1,0 +1,7 @@
+from tests.methods.nexus import test_model as lender
+
+test_fault_30_n2_identical_experts_give_one_plus = lender.test_n2_identical_experts_give_one_plus_gate_times_the_mlp
+test_fault_30_n2_without_routed_output = lender.test_n2_without_routed_output_it_is_the_dense_model
+test_fault_30_n2_weights_that_sum_to_one = (
+    lender.test_n2_weights_that_sum_to_one_without_shared_expert_are_the_dense_model
+)

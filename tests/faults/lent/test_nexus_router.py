@@ -1,0 +1,3 @@
+from tests.methods.nexus import test_router as lender
+
+test_fault_30_logits_are_float32_in_a_bfloat16 = lender.test_logits_are_float32_in_a_bfloat16_model

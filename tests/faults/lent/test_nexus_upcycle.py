@@ -1,0 +1,3 @@
+from tests.methods.nexus import test_upcycle as lender
+
+test_fault_30_n2_promises_hold_for_the_whole = lender.test_n2_promises_hold_for_the_whole_model

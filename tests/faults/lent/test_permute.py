@@ -1,0 +1,6 @@
+from tests.ops import test_permute as lender
+from tests.ops.test_permute import backend
+
+test_fault_28_row_plan_is_a_stable_sort = lender.test_row_plan_is_a_stable_sort
+test_fault_28_outputs_and_gradients_equal = lender.test_outputs_and_gradients_equal_the_loops
+test_fault_28_more_slots_than_row_numbers = lender.test_more_slots_than_row_numbers_are_refused

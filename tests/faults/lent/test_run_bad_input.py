@@ -1,0 +1,6 @@
+from tests.run import test_bad_input as lender
+from tests.run.test_bad_input import files, small_disk
+
+test_fault_04_a_full_disk_keeps_the_checkpoint = lender.test_a_full_disk_keeps_the_checkpoint_before
+test_fault_13_a_run_that_cannot_go_on_is_left = lender.test_a_run_that_cannot_go_on_is_left_as_it_was
+test_fault_39_damaged_models = lender.test_damaged_models

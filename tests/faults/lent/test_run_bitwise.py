@@ -1,0 +1,6 @@
+from tests.run import test_bitwise as lender
+from tests.run.test_bitwise import files
+
+test_fault_09_weights_and_moments_carry_over = lender.test_weights_and_moments_carry_over_topologies
+test_fault_11_a_stop_and_a_resume_change_no_bit = lender.test_a_stop_and_a_resume_change_no_bit
+test_fault_11_the_same_run_twice = lender.test_the_same_run_twice

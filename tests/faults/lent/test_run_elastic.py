@@ -1,0 +1,3 @@
+from tests.run import test_elastic as lender
+
+test_fault_12_the_course_does_not_depend = lender.test_the_course_does_not_depend_on_the_ranks

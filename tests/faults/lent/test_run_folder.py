@@ -1,0 +1,3 @@
+from tests.train import test_run_folder as lender
+
+test_fault_13_another_configuration_is_refused = lender.test_another_configuration_is_refused_with_the_keys

@@ -1,0 +1,3 @@
+from tests.run import test_frozen as lender
+
+test_fault_10_only_the_chosen_experts_change = lender.test_only_the_chosen_experts_change

@@ -1,0 +1,5 @@
+from tests.launch import test_slurm as lender
+
+test_fault_40_what_no_directive_can_hold = lender.test_what_no_directive_can_hold_is_refused
+test_fault_40_overrides_arrive_as_they_were = lender.test_overrides_arrive_as_they_were_given
+test_fault_40_scripts_parse_and_please = lender.test_scripts_parse_and_please_shellcheck
