@@ -24,8 +24,17 @@ for word in "$@"; do
         exit 2
     fi
 done
-# "host slots=8": the ranks that have to come together.
-ranks=$(awk '!/^[[:space:]]*(#|$)/ { sub(/.*slots=/, ""); total += $1 } END { print total + 0 }' "$hostfile")
+# "host slots=8", each host once: the ranks that have to come together.
+ranks=$(awk -v file="$hostfile" '
+    function refuse(what) { printf "error: %s:%d: %s\n", file, NR, what > "/dev/stderr"; bad = 1; exit 2 }
+    /^[[:space:]]*(#|$)/ { next }
+    !/^[[:space:]]*[^[:space:]]+[[:space:]]+slots=[0-9]+[[:space:]]*$/ { refuse("not of the form HOST slots=N: " $0) }
+    { slots = $2; sub(/slots=/, "", slots) }
+    slots + 0 == 0 { refuse($1 " has no slots") }
+    $1 in seen { refuse($1 " is there already, in line " seen[$1]) }
+    { seen[$1] = NR; total += slots }
+    END { if (!bad && !total) { NR = 0; printf "error: %s: names no host\n", file > "/dev/stderr"; exit 2 }; print total }
+' "$hostfile")
 
 # pdsh carries NCCL_* and PYTHON* over, and what this file says. One NAME=value a line: no comment, no empty line, no secret.
 DS_ENV_FILE=$(mktemp)

@@ -6,6 +6,7 @@ import hashlib
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -85,11 +86,22 @@ def _connect(rank: int, world: int, timeout: float) -> dist.Store:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     serves = rank == 0 and not of_torchrun
-    try:
-        store = dist.TCPStore(
-            host, port, world, serves, timedelta(seconds=timeout), wait_for_workers=False, multi_tenant=True
-        )
-    except RuntimeError as error:
+    made: list = []
+
+    def make() -> None:
+        try:
+            patience = timedelta(seconds=timeout)
+            made.append(dist.TCPStore(host, port, world, serves, patience, wait_for_workers=False, multi_tenant=True))
+        except RuntimeError as error:
+            made.append(error)
+
+    # Where something else listens at that port, the constructor waits for its answer for ever: in a thread of its own.
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    thread.join(timeout + 1)
+    store = made[0] if made else RuntimeError("it does not answer as a store of torch does")
+    if isinstance(store, RuntimeError):
+        error = store
         if serves:
             raise HostFailure(
                 f"cannot listen on port {port} of {socket.gethostname()}, another program has it: choose another one "

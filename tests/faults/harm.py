@@ -53,43 +53,28 @@ PLACES = {
 
 def harm(rank: int, victim: int, kind: str, place: str) -> None:
     """On the victim: have it happen there, early in the run."""
-    if rank != victim:
-        return
-    act, _ = KINDS[kind]
-    if place == "loading":
-        _before(loop, "build_model", act, 1)
-    elif place == "data":
-        _before(TrainData, "next_batch", act, 3)
-    elif place == "forward":
-        _before(loop, "label_loss_sum", act, 3)
-    elif place == "checkpoint":
-        _before(writer._Save, "write", act, 1)
-    elif place == "evaluation":
-        _before(loop, "held_out", act, 1)
-    elif place == "backward":
-        _in_backward(act)
+    if rank == victim:
+        at_place(rank, place, KINDS[kind][0], 3 if place in ("data", "forward", "backward") else 1)
 
 
-def _before(owner, name: str, act, call: int) -> None:
-    """Have `act` happen before the `call`-th call of a function."""
+def at_place(rank: int, place: str, act, call: int) -> None:
+    """Have `act` happen where this process comes to `place` the `call`-th time."""
+    owner, name = {
+        "loading": (loop, "build_model"),
+        "data": (TrainData, "next_batch"),
+        "forward": (loop, "label_loss_sum"),
+        "backward": (loop, "label_loss_sum"),
+        "checkpoint": (writer._Save, "write"),
+        "evaluation": (loop, "held_out"),
+    }[place]
     original, calls = getattr(owner, name), []
 
     def patched(*args, **options):
         calls.append(name)
-        if len(calls) == call:
+        if len(calls) == call and place == "backward":
+            args[0].register_hook(lambda gradient: act())
+        elif len(calls) == call:
             act()
         return original(*args, **options)
 
     setattr(owner, name, patched)
-
-
-def _in_backward(act) -> None:
-    original, calls = loop.label_loss_sum, []
-
-    def patched(logits_BLV, labels_BL):
-        calls.append(1)
-        if len(calls) == 3:
-            logits_BLV.register_hook(lambda gradient: act())
-        return original(logits_BLV, labels_BL)
-
-    loop.label_loss_sum = patched

@@ -31,7 +31,8 @@ class Ranks:
     ):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
-        port, self.output = free_port(), output
+        port, self.output = int(environment.get("MASTER_PORT", free_port())), output
+        self.port = port
         self.processes = []
         for rank in range(world):
             own = {

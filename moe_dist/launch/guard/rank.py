@@ -33,13 +33,14 @@ main(int(sys.argv[2]))"""
 
 
 class Guard:
-    """What a training loop holds: see `guarded`. notices: what the hub has found out, for the log of rank 0."""
+    """What a training loop holds: see `guarded`. verdict: what has ended the run. watcher: process id."""
 
     def __init__(self, memory: int | None = None):
         self.heart = Heartbeat(memory)
         self.beat = self.heart.beat
         self.worked = self.heart.worked
         self.verdict = ""
+        self.watcher: int | None = None
         self._notices: list[dict] = []
 
     def notices(self) -> list[dict]:
@@ -56,6 +57,7 @@ class _Watched(Guard):
 
     def __init__(self, memory: int, wire: Wire, process: subprocess.Popen):
         super().__init__(memory)
+        self.watcher = process.pid
         self._wire, self._process, self._told = wire, process, threading.Event()
         self._listener = threading.Thread(target=self._listen, name="guard", daemon=True)
 
@@ -131,7 +133,7 @@ def guarded(
             faulthandler.disable()
             if was_enabled:
                 with contextlib.suppress(OSError):  # whoever called may have put something else in stderr's place
-                    faulthandler.enable()
+                    faulthandler.enable(2)  # the descriptor, whatever stands for stderr now
 
 
 def _start(memory, stacks, rank, world, local_rank, store, run_dir, hang_timeout) -> _Watched:

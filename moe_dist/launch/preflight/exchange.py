@@ -20,7 +20,8 @@ from moe_dist.launch.preflight.facts import own_facts, write_file
 from moe_dist.parallel.grid import Grid
 
 FACTS = 45.0  # seconds for all ranks to tell of themselves
-VERDICT = 15.0  # more, for rank 0 to judge
+VERDICT = 15.0  # more, for rank 0 to judge, and for the others to hear of it
+SHARE = 2.0  # for the others to hear that there is no folder to look into
 
 
 def compare_ranks(
@@ -65,6 +66,7 @@ def agree(store: dist.Store, name: str, *, rank: int, world: int, own: dict, jud
     if rank:
         store.set(f"{name}-{rank}", json.dumps(own))
         findings = [Finding(**entry) for entry in _get(store, f"{name}-verdict", "rank 0 has not judged", more=FACTS)]
+        store.set(f"{name}-heard-{rank}", "1")
         _raise(findings)
         return []
     said, missing, end = {0: own}, list(range(1, world)), time.monotonic() + FACTS
@@ -80,6 +82,11 @@ def agree(store: dist.Store, name: str, *, rank: int, world: int, own: dict, jud
     said = [said[other] for other in sorted(said)]
     findings = findings or judge(said)
     store.set(f"{name}-verdict", json.dumps([vars(finding) for finding in findings]))
+    # The store may live in this process: the others have to hear why it ends before it does.
+    heard_by, end = [other for other in range(1, world) if other not in missing], time.monotonic() + VERDICT
+    while heard_by and time.monotonic() < end:
+        heard_by = [other for other in heard_by if not store.check([f"{name}-heard-{other}"])]
+        time.sleep(0.002)
     report(findings)
     return said
 
@@ -121,6 +128,7 @@ def _file_for_all(folder: Path, store: dist.Store):
             finding = Finding("wrong", f"cannot write the run folder {folder.parent}: {error.strerror}")
             store.set("rank-0", json.dumps({"config": {}, "file": str(path), "token": token}))
             store.set("facts-verdict", json.dumps([vars(finding)]))
+            time.sleep(SHARE)
             raise UserError(finding.text) from None
         yield path, token, speed
     finally:
