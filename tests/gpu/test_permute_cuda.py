@@ -52,6 +52,52 @@ def test_passes_equal_the_reference(shape, dtype):
         assert relative_error(dprobs_TK, want[1]) < 1e-6
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("outer", "inner"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.bfloat16,) * 2]
+)
+def test_casts_and_pad_rows_equal_the_reference(shape, outer, inner):
+    ids_TK, x_TH, dy_TH, probs_TK = draw(SHAPES[shape], outer)
+    plan = row_plan(ids_TK, num_experts=SHAPES[shape][2], align=16)
+    rows_NH = passes.permute(x_TH, plan, dtype=inner)
+    assert torch.equal(rows_NH, reference.permute(x_TH, plan, dtype=inner))
+    rows_NH[plan.slot_of_row_N < 0] = float("nan")  # a pad row is never read
+    y_TH = passes.unpermute(rows_NH, plan, probs_TK, dtype=outer)
+    bound = 3e-7 if outer == torch.float32 else 2e-3
+    assert relative_error(y_TH, reference.unpermute(rows_NH, plan, probs_TK, dtype=outer)) < bound
+    arguments = {"probs_TK": probs_TK, "rows_NH": rows_NH, "dtype": inner}
+    drows_NH, dprobs_TK = passes.unpermute_backward(dy_TH, plan, **arguments)
+    want = reference.unpermute_backward(dy_TH, plan, **arguments)
+    assert torch.equal(drows_NH, want[0])
+    assert relative_error(dprobs_TK, want[1]) < 1e-6
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_the_row_map_with_pad_rows(known):
+    """With a known number of rows N is a bound: what lies beyond the last expert's rows is padding, too."""
+    ids_TK = draw_ids(3000, 4, 96, "distinct")
+    want = RowPlan(*reference.row_map(ids_TK, 96, align=16), 96, 16)
+    plan = row_plan(ids_TK.cuda(), num_experts=96, align=16, num_rows=12_000 if known else None)
+    assert torch.equal(plan.row_of_slot_TK.cpu(), want.row_of_slot_TK)
+    assert torch.equal(plan.slot_of_row_N[: want.num_rows].cpu(), want.slot_of_row_N)
+    assert plan.num_rows >= want.num_rows
+    assert known or plan.num_rows == want.num_rows
+    assert (plan.slot_of_row_N[want.num_rows :] == -1).all()
+    rows_NH = passes.permute(torch.ones(3000, 8, device="cuda"), plan)
+    assert float(rows_NH.sum()) == 12_000 * 8
+    assert not rows_NH[plan.slot_of_row_N < 0].any()
+
+
+@pytest.mark.parametrize(("slots", "experts"), [(4096, 6), (4097, 6), (4500, 8192), (3_000_000, 256)])
+def test_a_row_map_of_one_tile_and_of_many(slots, experts):
+    ids_TK = torch.randint(-1, experts, (slots, 1), generator=torch.Generator().manual_seed(0))
+    plan = row_plan(ids_TK.cuda(), num_experts=experts)
+    for ours, want in zip(
+        (plan.counts_E, plan.row_of_slot_TK, plan.slot_of_row_N), reference.row_map(ids_TK, experts), strict=True
+    ):
+        assert torch.equal(ours.cpu(), want)
+
+
 def test_gradients_equal_the_loops():
     ids_TK, x_TH, dy_TH, probs_TK = draw(SHAPES["small"], torch.float32)
     x_TH.requires_grad_(), probs_TK.requires_grad_()
