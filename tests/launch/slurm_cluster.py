@@ -34,6 +34,7 @@ class Cluster:
             "MOE_DIST_MASTER_ADDR": "127.0.0.1",  # both nodes are this machine, and n1 is no name that resolves
         }
         self._daemons: list[subprocess.Popen] = []
+        self._nodes: dict[str, subprocess.Popen] = {}
 
     def __enter__(self) -> "Cluster":
         self.folder.mkdir(parents=True)
@@ -61,6 +62,7 @@ class Cluster:
                     "MpiDefault=none",
                     "ReturnToService=2",
                     "KillWait=5",
+                    "SlurmdTimeout=10",
                     "SchedulerParameters=sched_interval=1,sched_min_interval=100000",
                     f"StateSaveLocation={self.folder / 'state'}",
                     f"SlurmdSpoolDir={self.folder / 'spool-%n'}",
@@ -85,7 +87,7 @@ class Cluster:
             _until(sockets.exists, 10, "munged")
             self._start("slurmctld", "-D", "-f", str(conf))
             for node in ("n1", "n2"):
-                self._start("slurmd", "-D", "-N", node, "-f", str(conf))
+                self.start_node(node)
             _until(lambda: self.say("sinfo", "-h", "-N", "-o", "%t").split() == ["idle", "idle"], 30, "the nodes")
         except BaseException:
             self.__exit__()
@@ -93,7 +95,7 @@ class Cluster:
         return self
 
     def __exit__(self, *exception) -> None:
-        if len(self._daemons) == 4:
+        if self._nodes:
             with contextlib.suppress(subprocess.SubprocessError):
                 for job in self.say("squeue", "-h", "-o", "%A").split():
                     self.say("scancel", job)
@@ -107,6 +109,23 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+
+    def start_node(self, name: str) -> None:
+        self._nodes[name] = self._start("slurmd", "-D", "-N", name, "-f", str(self.folder / "slurm.conf"))
+
+    def kill_node(self, name: str) -> None:
+        """What a loss of power does: SIGKILL to the node's daemon and to all that runs on it, at once."""
+        doomed = {self._nodes[name].pid}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                variables = (folder / "environ").read_bytes().split(b"\0")
+                ours = f"SLURM_CONF={self.folder / 'slurm.conf'}".encode() in variables
+                if ours and f"SLURMD_NODENAME={name}".encode() in variables:
+                    doomed |= {int(folder.name), *_step_daemons(int(folder.name))}
+        for pid in doomed:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._nodes[name].wait()
 
     def say(self, *words: str) -> str:
         """What a command of SLURM prints."""
@@ -122,10 +141,22 @@ class Cluster:
         _until(lambda: self.job(number).get("JobState") in states, timeout, f"job {number} to be {' or '.join(states)}")
         return self.job(number)
 
-    def _start(self, *words: str) -> None:
+    def _start(self, *words: str) -> subprocess.Popen:
         log = open(self.folder / f"{words[0]}-{len(self._daemons)}.out", "wb")  # noqa: SIM115
         with log:
             self._daemons.append(subprocess.Popen(words, env=self.environ, stdout=log, stderr=log))
+        return self._daemons[-1]
+
+
+def _step_daemons(pid: int) -> set[int]:
+    """The daemons of SLURM's steps among a process' parents."""
+    found = set()
+    while pid > 1:
+        fields = Path(f"/proc/{pid}/stat").read_text()
+        if "(slurmstepd" in fields:
+            found.add(pid)
+        pid = int(fields.rpartition(")")[2].split()[1])
+    return found
 
 
 def _until(done, timeout: float, what: str) -> None:

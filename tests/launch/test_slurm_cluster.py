@@ -61,13 +61,19 @@ def log_of(run, number):
     return path.read_text() if path.exists() else ""
 
 
-@pytest.mark.timeout(240)
-def test_preempted_requeued_resumed_and_finished_with_the_same_losses(cluster, config, tmp_path):
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    number = submit(cluster, config, f"run.dir={whole}", "--launcher=deepspeed")
+@pytest.fixture(scope="module")
+def whole(cluster, config, tmp_path_factory):
+    """A run that nothing disturbs, by the deepspeed launcher."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    number = submit(cluster, config, f"run.dir={run}", "--launcher=deepspeed")
     ended = cluster.wait(number, "COMPLETED", "FAILED", "CANCELLED", timeout=100)
-    assert ended["JobState"] == "COMPLETED", log_of(whole, number)
+    assert ended["JobState"] == "COMPLETED", log_of(run, number)
+    return run
 
+
+@pytest.mark.timeout(240)
+def test_preempted_requeued_resumed_and_finished_with_the_same_losses(cluster, config, whole, tmp_path):
+    run = tmp_path / "run"
     number = submit(cluster, config, f"run.dir={run}", "--launcher=torchrun")
     end = time.monotonic() + 60
     while not (run / "metrics.jsonl").exists() or '"train"' not in (run / "metrics.jsonl").read_text():
@@ -84,6 +90,30 @@ def test_preempted_requeued_resumed_and_finished_with_the_same_losses(cluster, c
     assert ended["JobState"] == "COMPLETED", log_of(run, number)
     assert ended["Restarts"] == "1"
     assert f"stopped on request at step {stopped_at}" in log_of(run, number)
+    assert losses(run) == losses(whole)
+
+
+@pytest.mark.timeout(240)
+def test_a_node_that_dies_is_waited_for_and_the_run_goes_on_with_the_same_losses(cluster, config, whole, tmp_path):
+    run = tmp_path / "run"
+    number = submit(cluster, config, f"run.dir={run}", "--launcher=torchrun")
+    end = time.monotonic() + 60
+    while not (run / "checkpoints/latest").exists():
+        assert time.monotonic() < end, log_of(run, number)
+        time.sleep(0.02)
+    cluster.kill_node("n2")
+    reached = max(losses(run))
+    assert reached < STEPS
+    time.sleep(1)
+    cluster.start_node("n2")
+    end = time.monotonic() + 150
+    while (job := cluster.job(number))["JobState"] != "COMPLETED" or job["Restarts"] == "0":
+        assert time.monotonic() < end, (job, log_of(run, number))
+        assert job["JobState"] not in ("FAILED", "CANCELLED"), log_of(run, number)
+        if job["JobState"] == "PENDING":
+            cluster.say("scontrol", "update", f"JobId={number}", "StartTime=now")
+        time.sleep(0.5)
+    assert "resuming small from" in log_of(run, number)
     assert losses(run) == losses(whole)
 
 

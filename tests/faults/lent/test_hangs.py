@@ -4,3 +4,4 @@ from tests.hang.test_hangs import files
 test_fault_26_padding_and_harm_on_one_rank = lender.test_padding_and_harm_on_one_rank
 test_fault_26_all_ranks_give_up_together = lender.test_all_ranks_give_up_together
 test_fault_27_a_rank_whose_experts_get_no_token = lender.test_a_rank_whose_experts_get_no_token
+test_fault_22_a_rank_whose_experts_are_all = lender.test_a_rank_whose_experts_are_all_frozen

@@ -1,0 +1,10 @@
+from tests.launch import test_environment as lender
+
+test_fault_18_slurm_itself_expands_node_lists = lender.test_slurm_itself_expands_node_lists
+test_fault_18_each_launcher_is_understood = lender.test_each_launcher_is_understood
+test_fault_18_contradictions_are_refused = lender.test_contradictions_are_refused
+test_fault_18_the_gpu_of_a_rank = lender.test_the_gpu_of_a_rank
+test_fault_18_apply_sets_all_five = lender.test_apply_sets_all_five_and_shares_the_cores
+test_fault_19_another_number_of_ranks = (
+    lender.test_another_number_of_ranks_than_expected_is_refused_before_anything_loads
+)

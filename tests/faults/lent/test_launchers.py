@@ -1,0 +1,5 @@
+from tests.launch import test_launchers as lender
+from tests.launch.test_launchers import files, uninterrupted
+
+test_fault_15_two_nodes_stop_by_the_file = lender.test_two_nodes_stop_by_the_file_and_go_on
+test_fault_19_a_node_that_is_missing_is_named = lender.test_a_node_that_is_missing_is_named
