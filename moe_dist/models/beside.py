@@ -38,7 +38,8 @@ class _Beside:
         self._output: torch.Tensor | None = None
         block.register_forward_pre_hook(self._enter)
         layer.beside = self._run
-        shared.forward = functools.wraps(shared.forward)(self._give)
+        # A function: a bound method takes none of the names that `wraps` writes.
+        shared.forward = functools.wraps(shared.forward)(lambda x: self._give(x))
 
     def _enter(self, block: nn.Module, args: tuple) -> None:
         self._input, self._output = (args[0] if args else None), None
