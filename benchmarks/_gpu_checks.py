@@ -36,6 +36,16 @@ def about() -> dict[str, str]:
     return found
 
 
+def build(seconds: float) -> str:
+    """One line: whether the CUDA kernels are there, or how building them in place ended. Before anything loads them."""
+    if not torch.cuda.is_available():
+        return "nothing to build: no GPU"
+    ask = "from moe_dist.ops import native; raise SystemExit(0 if native.has_cuda() else 3)"
+    if subprocess.run([sys.executable, "-c", ask], cwd=ROOT).returncode == 0:
+        return "the CUDA kernels are there"
+    return _run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], seconds, MOE_DIST_CUDA="1")
+
+
 def gpu_tests(seconds: float) -> str:
     """One line: how `pytest tests/gpu` ended."""
     if not (ROOT / "tests" / "gpu").is_dir():
