@@ -25,24 +25,26 @@ BUCKETS = 256
 STRIDE = 159
 GOLDEN, PLASTIC = 0.6180339887498949, 0.7548776662466927  # fractions whose multiples spread evenly, also as pairs
 
+# {expert that sits on several ranks: (those ranks, share `[P, copies]` that each source rank sends to each of them)}
+Shares = dict[int, tuple[list[int], np.ndarray]]
+
 
 class Copies:
     """The ways of one source rank to the experts of a layer.
 
-    experts_of_places: int64 `[places]`, the global id of each *place*. Places number the seats that hold an expert in
-    rank-major order: rank 0's in seat order, then rank 1's.
+    experts_of_places: int64 `[places]`, the global id of each *place*; `experts_on(device)` has it there. Places number
+    the seats that hold an expert in rank-major order: rank 0's in seat order, then rank 1's.
     """
 
-    def __init__(self, ranks: Sequence[Sequence[int]], load_E: Sequence[float], rank: int, node_of: Sequence[int]):
-        """ranks: the experts of each rank in seat order. load_E: as measured, in any unit. node_of: of each rank."""
+    def __init__(self, ranks: Sequence[Sequence[int]], num_experts: int, shares: Shares, rank: int):
+        """ranks: the experts of each rank in seat order. rank: the source."""
         self.experts_of_places = torch.tensor([expert for held in ranks for expert in held])
         first_P = np.cumsum([0, *map(len, ranks)])
         place_of = [{e: int(first_P[r]) + seat for seat, e in enumerate(held)} for r, held in enumerate(ranks)]
-        position_E = np.empty(len(load_E), dtype=np.int64)
+        position_E = np.empty(num_experts, dtype=np.int64)
         for places in reversed(place_of):
             for expert, place in places.items():
                 position_E[expert] = place
-        shares = source_shares(load_E, ranks, node_of)
         self._tables: dict[torch.device, tuple[torch.Tensor, ...]] = {}
         self._position_E = torch.from_numpy(position_E)
         self._starts_E = self._bucket_places = None
@@ -51,7 +53,7 @@ class Copies:
             for expert, (holders, share_PC) in shares.items():
                 places = [place_of[holder][expert] for holder in holders]
                 buckets[expert] = np.repeat(places, bucket_counts(share_PC)[rank])
-            ids_E = np.arange(len(load_E))
+            ids_E = np.arange(num_experts)
             self._starts_E = torch.from_numpy(((rank * GOLDEN + ids_E * PLASTIC) % 1 * BUCKETS).astype(np.int64))
             self._bucket_places = torch.from_numpy(buckets.astype(np.int32))
 
@@ -60,7 +62,7 @@ class Copies:
 
         Negative ids stay as they are. Nothing is communicated, and nothing waits for the device.
         """
-        position_E, starts_E, bucket_places = self._on(ids_TK.device)
+        _, position_E, starts_E, bucket_places = self._on(ids_TK.device)
         ids_TK = ids_TK.long()
         dropped_TK = ids_TK < 0
         known_TK = ids_TK.clamp(min=0)
@@ -74,17 +76,19 @@ class Copies:
         bucket_TK = (plan.row_of_slot_TK * STRIDE + (starts_E - first_E * STRIDE)[known_TK]) & (BUCKETS - 1)
         return torch.where(dropped_TK, ids_TK, bucket_places[known_TK, bucket_TK].long())
 
+    def experts_on(self, device: torch.device) -> torch.Tensor:
+        """`experts_of_places` on a device; copied there once."""
+        return self._on(device)[0]
+
     def _on(self, device: torch.device) -> tuple[torch.Tensor | None, ...]:
         if device not in self._tables:
-            tables = (self._position_E, self._starts_E, self._bucket_places)
+            tables = (self.experts_of_places, self._position_E, self._starts_E, self._bucket_places)
             self._tables[device] = tuple(None if table is None else table.to(device) for table in tables)
         return self._tables[device]
 
 
-def source_shares(
-    load_E: Sequence[float], ranks: Sequence[Sequence[int]], node_of: Sequence[int]
-) -> dict[int, tuple[list[int], np.ndarray]]:
-    """{expert with copies: (its ranks, the share `[P, copies]` that each source rank sends to each of them)}.
+def source_shares(load_E: Sequence[float], ranks: Sequence[Sequence[int]], node_of: Sequence[int]) -> Shares:
+    """The shares that even out the load. load_E: as measured, in any unit. node_of: the node of each rank.
 
     Rows sum to one. Where all ranks send alike, the means of the columns are the fractions of `split_load`. An expert
     without a load counts as one with very little.

@@ -81,7 +81,8 @@ def plan_dispatch(
     copies = placement.copies(grid.expert_rank)
     places_TK = copies.places(ids_TK)
     counts_E = torch.zeros(placement.num_experts, dtype=torch.int64, device=ids_TK.device)
-    counts_E.index_add_(0, copies.experts_of_places, count(places_TK, len(copies.experts_of_places)))
+    experts = copies.experts_on(ids_TK.device)
+    counts_E.index_add_(0, experts, count(places_TK, len(experts)))
     tokens = _cut(len(ids_TK), chunks)
     parts = [slots_of(places_TK[part], probs_TK[part]) for part in tokens]
     if grid.expert == 1:

@@ -21,8 +21,8 @@ from functools import cached_property
 import numpy as np
 
 from moe_dist.errors import UserError
-from moe_dist.moe.copies import Copies, source_shares
-from moe_dist.moe.replicas import add_copies
+from moe_dist.moe.copies import Copies, Shares, source_shares
+from moe_dist.moe.replicas import place_with_copies
 
 
 @dataclass(frozen=True)
@@ -108,14 +108,14 @@ class Placement:
     def copies(self, rank: int) -> Copies:
         """Where the tokens of `rank` go; made once."""
         if rank not in self._copies:
-            self._copies[rank] = Copies(self.ranks, self._loads, rank, self._nodes)
+            self._copies[rank] = Copies(self.ranks, self.num_experts, self._shares, rank)
         return self._copies[rank]
 
     @cached_property
     def fractions(self) -> tuple[dict[int, float], ...]:
         """Of each rank, the part of each of its experts' tokens that it computes, where all ranks send alike."""
         parts = [dict.fromkeys(rank, 1.0) for rank in self.ranks]
-        for expert, (holders, share_PC) in source_shares(self._loads, self.ranks, self._nodes).items():
+        for expert, (holders, share_PC) in self._shares.items():
             for holder, part in zip(holders, share_PC.mean(axis=0).tolist(), strict=True):
                 parts[holder][expert] = part
         return tuple(parts)
@@ -124,14 +124,11 @@ class Placement:
     def _copies(self) -> dict[int, Copies]:
         return {}
 
-    @property
-    def _loads(self) -> tuple[float, ...]:
-        return (1.0,) * self.num_experts if self.load_E is None else self.load_E
-
-    @property
-    def _nodes(self) -> list[int]:
-        """The node of each rank."""
-        return [rank // (self.ranks_per_node or len(self.ranks)) for rank in range(len(self.ranks))]
+    @cached_property
+    def _shares(self) -> Shares:
+        loads = (1.0,) * self.num_experts if self.load_E is None else self.load_E
+        per_node = self.ranks_per_node or len(self.ranks)
+        return source_shares(loads, self.ranks, [rank // per_node for rank in range(len(self.ranks))])
 
 
 def contiguous(num_experts: int, *, ranks: int, trainable: Iterable[int] | None = None) -> Placement:
@@ -174,12 +171,8 @@ def balance(load_E: Sequence[float], *, ranks: int, trainable: Iterable[int] = (
     rank, trainable first; the lengths of the lists and their counts of trainable experts each differ by at most one.
     The same input gives the same lists everywhere.
 
-    spare: at the end of each list come up to so many copies of frozen experts of other ranks (`moe.replicas`). What
-    stands before them is the list without copies.
-
-    Longest processing time first gives a start: the heaviest expert to the least loaded rank that still has room, the
-    trainable ones before the frozen ones, since their weight gradients and optimizer bytes leave less freedom. Then
-    experts of the heaviest rank are exchanged with those of others for as long as that lowers the largest load.
+    spare: at the end of each list come up to so many copies of frozen experts of other ranks (`moe.replicas`). What was
+    said of lengths and counts holds for what stands before them.
     """
     loads = [float(load) for load in load_E]
     train = set(trainable)
@@ -193,6 +186,16 @@ def balance(load_E: Sequence[float], *, ranks: int, trainable: Iterable[int] = (
         )
     if spare < 0:
         raise UserError(f"balance needs spare={spare} to be at least zero")
+    return place_with_copies(lambda given: _spread(given, ranks, train), loads, train, spare)
+
+
+def _spread(loads: list[float], ranks: int, train: set[int]) -> list[list[int]]:
+    """Every expert once.
+
+    Longest processing time first gives a start: the heaviest expert to the least loaded rank that still has room, the
+    trainable ones before the frozen ones, since their weight gradients and optimizer bytes leave less freedom. Then
+    experts of the heaviest rank are exchanged with those of others for as long as that lowers the largest load.
+    """
     held: list[list[int]] = [[] for _ in range(ranks)]
     total = [0.0] * ranks
     frozen = set(range(len(loads))) - train
@@ -205,7 +208,7 @@ def balance(load_E: Sequence[float], *, ranks: int, trainable: Iterable[int] = (
             chosen = min(open_ranks, key=lambda r: (total[r], len(held[r]), r))
             held[chosen].append(expert)
             total[chosen] += loads[expert]
-    return add_copies(_exchange(held, loads, train), loads, train, spare)
+    return _exchange(held, loads, train)
 
 
 def _exchange(held: list[list[int]], loads: list[float], train: set[int]) -> list[list[int]]:

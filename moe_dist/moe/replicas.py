@@ -2,15 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from moe_dist.moe.splitting import Split, split_load
 
 ENOUGH = 1e-4  # of the level: what is not worth a copy
+EQUAL = 1e-3  # levels closer than this are alike: then the wire decides
+
+Lists = list[list[int]]
 
 
-def add_copies(
-    lists: Sequence[Sequence[int]], loads: Sequence[float], trainable: set[int], spare: int
-) -> list[list[int]]:
+def place_with_copies(
+    spread: Callable[[list[float]], Lists], loads: list[float], trainable: set[int], spare: int
+) -> Lists:
     """The lists of a placement with at most `spare` copies of frozen experts at the end of each.
+
+    `spread(loads)` places every expert once. It is asked several times, with the hottest frozen experts one after the
+    other taken for weightless: where such an expert has a copy on every rank, its load is wherever the others leave
+    room, and none of its tokens has to travel. Of these placements those with the least largest load stay, and of them
+    the one that keeps most tokens at home.
+    """
+    frozen = sorted(set(range(len(loads))) - trainable, key=lambda e: (-loads[e], e))
+    found = []
+    for count in range(min(spare, len(frozen)) + 1 if spare else 1):
+        everywhere = set(frozen[:count])
+        lists = spread([0.0 if expert in everywhere else load for expert, load in enumerate(loads)])
+        lists = add_copies(lists, loads, trainable, spare)
+        split = split_load(loads, lists)
+        found.append((split.level, _stays(split, loads, len(lists)), lists))
+    least = min(level for level, _, _ in found)
+    return max((one for one in found if one[0] <= least * (1 + EQUAL)), key=lambda one: one[1])[2]
+
+
+def _stays(split: Split, loads: Sequence[float], ranks: int) -> float:
+    """The load that copies take from the tokens of their own ranks, beyond what one seat of each expert would."""
+    return sum(
+        sum(min(part, loads[expert] / ranks) for part in parts.values()) - loads[expert] / ranks
+        for expert, parts in split.parts.items()
+    )
+
+
+def add_copies(lists: Sequence[Sequence[int]], loads: Sequence[float], trainable: set[int], spare: int) -> Lists:
+    """Copies in up to `spare` seats of each rank, at the end of its list.
 
     The load is evened out by moving parts of experts from rank to rank, where a part that comes to a rank needs a seat
     there. No rank can get below its trainable experts, which is why the level to reach is theirs where it is above the

@@ -166,7 +166,9 @@ def _placement(config: RunConfig, layers: list, selection: Selection, grid: Grid
     for name, load in loads.items():
         train = selection.experts[name]
         lists = balance(load, ranks=grid.expert, trainable=train, spare=config.parallel.spare_experts)
-        placed[name] = from_lists(lists, num_experts=len(load), trainable=train, load_E=load)
+        placed[name] = from_lists(
+            lists, num_experts=len(load), trainable=train, load_E=load, ranks_per_node=grid.node_size
+        )
     return placed
 
 

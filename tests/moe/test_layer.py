@@ -9,7 +9,7 @@ import torch
 
 from moe_dist.moe.experts import ExpertSpec
 from moe_dist.moe.layer import MoEExperts, drop_over_capacity
-from moe_dist.moe.placement import contiguous, from_lists
+from moe_dist.moe.placement import balance, contiguous, from_lists
 from moe_dist.parallel.grid import Grid, build_grid
 from tests.reference import plain_experts, relative_error
 
@@ -27,6 +27,7 @@ class Case:
     recompute: bool = False
     hidden_needs_grad: bool = True
     reverse_placement: bool = False
+    spare: int = 0  # seats a rank for copies of frozen experts
     only_experts: tuple[int, ...] | None = None  # route to these alone
     masked: bool = False  # every third token is padding
     dtype: torch.dtype = torch.float64
@@ -74,6 +75,11 @@ def layer_on_a_rank(case: Case, expert: int) -> dict:
     if case.reverse_placement:
         lists = [list(reversed(held)) for held in reversed(placement.ranks)]
         placement = from_lists(lists, num_experts=case.experts, trainable=train)
+    if case.spare:
+        load_E = [1.0 + (3 * expert_id) % 5 for expert_id in range(case.experts)]
+        lists = balance(load_E, ranks=expert, trainable=train, spare=case.spare)
+        given = {"load_E": load_E, "ranks_per_node": grid.node_size}
+        placement = from_lists(lists, num_experts=case.experts, trainable=train, **given)
     layer = MoEExperts(ExpertSpec(case.experts, HIDDEN, WIDTH, bias=case.bias), placement, grid, dtype=case.dtype)
     layer.recompute = case.recompute
     layer.dispatcher, layer.chunks, layer.wide_sums = case.way, case.chunks, case.wide_sums
@@ -148,6 +154,8 @@ CASES = {
     "no token at all": Case(tokens=(0, 0, 0, 0)),
     "any placement": Case(reverse_placement=True, trainable=(0, 3)),
     "padding": Case(masked=True),
+    "copies": Case(spare=1, trainable=(1, 5), masked=True),
+    "copies of most, none trains below": Case(spare=2, trainable=(0,), hidden_needs_grad=False, bias=True),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -104,21 +105,26 @@ def test_balance_is_near_perfect_with_many_experts():
 def test_copies_are_of_frozen_experts_and_come_last():
     chance = random.Random(5)
     for _ in range(200):
-        experts, ranks, spare = chance.randint(1, 20), chance.randint(1, 6), chance.randint(0, 3)
+        experts, ranks, spare = chance.randint(1, 20), chance.randint(1, 5), chance.randint(0, 3)
         train = chance.sample(range(experts), chance.randint(0, experts))
         loads = [chance.choice([0, 1, 9 * chance.random()]) for _ in range(experts)]
-        plain = balance(loads, ranks=ranks, trainable=train)
         held = balance(loads, ranks=ranks, trainable=train, spare=spare)
-        frozen = set(range(experts)) - set(train)
-        for before, after in zip(plain, held, strict=True):
-            assert after[: len(before)] == before
-            copies = after[len(before) :]
-            assert set(copies) <= frozen
-            assert len(copies) == min(spare, len(frozen - set(before)))
-            assert len(set(after)) == len(after)
-        placement = from_lists(held, num_experts=experts, trainable=train, load_E=loads)
-        assert placement.frozen_seats <= from_lists(plain, num_experts=experts, trainable=train).frozen_seats + spare
         assert balance(loads, ranks=ranks, trainable=train, spare=spare) == held
+        trains = [len(set(ids) & set(train)) for ids in held]
+        assert max(trains) - min(trains) <= 1
+
+        def fits(counts, held=held, spare=spare, experts=experts, frozen=set(range(experts)) - set(train)) -> bool:
+            """Whether lists cut there are an even partition, and copies that fill the spare seats."""
+            owned = [ids[:count] for ids, count in zip(held, counts, strict=True)]
+            copies = [ids[count:] for ids, count in zip(held, counts, strict=True)]
+            return sorted(itertools.chain(*owned)) == list(range(experts)) and all(
+                len(more) == min(spare, len(frozen - set(its))) and set(more) <= frozen - set(its)
+                for its, more in zip(owned, copies, strict=True)
+            )
+
+        assert any(map(fits, itertools.product((experts // ranks, -(-experts // ranks)), repeat=ranks)))
+        assert all(len(set(ids)) == len(ids) for ids in held)
+        assert from_lists(held, num_experts=experts, trainable=train, load_E=loads).trainable == set(train)
 
 
 @pytest.mark.parametrize(("experts", "ranks", "spare"), [(64, 16, 1), (256, 32, 1), (64, 16, 2), (16, 4, 1)])
@@ -138,6 +144,15 @@ def test_a_frozen_expert_above_the_mean_goes_to_as_many_ranks_as_it_takes():
     held = balance([70, 2, 3, 5, 5, 5, 5, 5], ranks=4, spare=1)
     assert split_load([70, 2, 3, 5, 5, 5, 5, 5], held).level == pytest.approx(25.0)
     assert sum(0 in ids for ids in held) == 4
+
+
+def test_the_hottest_frozen_expert_stays_at_home_where_the_load_allows():
+    loads = [9.0] + [4.0] * 15
+    held = balance(loads, ranks=4, trainable=[15], spare=1)
+    assert all(0 in ids for ids in held)
+    placement = from_lists(held, num_experts=16, trainable=[15], load_E=loads)
+    assert max(sum(loads[e] * part for e, part in parts.items()) for parts in placement.fractions) <= 17.25 + 1e-6
+    assert [len(ids) for ids in held] == [5] * 4
 
 
 def test_balance_refuses_nonsense():

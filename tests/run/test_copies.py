@@ -13,16 +13,15 @@ from moe_dist.config.schema import RunConfig
 from moe_dist.errors import UserError
 from moe_dist.models import moe_layers
 from moe_dist.parallel.grid import build_grid, layout
-from moe_dist.train import loop, state
+from moe_dist.train import state
 from moe_dist.train.build import build_model, plan_model
 from moe_dist.train.dry_run import describe
 from moe_dist.train.engine import build_engine
 from moe_dist.train.finished import export_run
 from moe_dist.train.proof import ChangeProof, differing_copies
 from tests.models.compare import file_tensors
-from tests.moe.with_copies import dispatch_to_copies
 from tests.reference import relative_error
-from tests.run.runs import assert_same_bits, events, make_files, settings, stored
+from tests.run.runs import assert_same_bits, events, make_files, settings, stored, train
 
 STEPS = 4
 EXPERTS = {"0": [1, 5], "1": [0, 2, 6]}  # of seven
@@ -45,11 +44,6 @@ def tree(files: Path, run: Path, *, expert: int, stage: int, spare: int, stop: i
         train={"steps": STEPS, "stop_at": stop, "eps": 1e-6},
         **sections,
     )
-
-
-def train(tree: dict) -> int:
-    with dispatch_to_copies():
-        return loop.train(build(tree))
 
 
 @pytest.mark.parametrize(("world", "expert", "stage"), [(2, 2, 2), (4, 4, 1), (4, 2, 3)])
