@@ -10,6 +10,7 @@ examples:
 import argparse
 
 from moe_dist.config.checks import check_layout, check_world
+from moe_dist.config.keys import all_keys
 from moe_dist.config.load import load
 from moe_dist.errors import EXIT_OK, UserError
 from moe_dist.launch import environment
@@ -19,6 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="configuration of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values over those of the file")
     add_resume_arguments(parser)
+    parser.add_argument(
+        "--allow-config-drift",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="a key in which the run goes on with another value than before, as train.lr; may be repeated",
+    )
     parser.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: the number of ranks to suppose")
     parser.add_argument("--help-keys", action="store_true", help="list every key of a config with its default")
 
@@ -44,6 +52,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--overwrite removes the run folder: it cannot go with --resume PATH")
     if args.ranks is not None and not (args.dry_run and args.ranks > 0):
         raise UserError("--ranks is for --dry-run, and at least 1: the launcher decides how many ranks a run has")
+    unknown = [name for name in args.allow_config_drift if name not in all_keys()]
+    if unknown:
+        raise UserError(f"--allow-config-drift {unknown[0]}: no such key; `moe-dist train --help-keys` lists them")
     config = load(args.config, args.overrides)
     ranks = environment.apply(local_rank=args.local_rank)
     if args.dry_run:
@@ -60,4 +71,5 @@ def run(args: argparse.Namespace) -> int:
     check_layout(config, ranks.world_size)
     from moe_dist.train.loop import train
 
-    return train(config, resume=args.resume, overwrite=args.overwrite) or EXIT_OK
+    options = {"resume": args.resume, "overwrite": args.overwrite, "may_differ": args.allow_config_drift}
+    return train(config, **options) or EXIT_OK

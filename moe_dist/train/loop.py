@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -36,27 +36,28 @@ from moe_dist.train.table import record, render
 ROUTING_WINDOWS = 20  # lines that say what every expert got in a stretch of steps: so many a run, however long it is
 
 
-def train(config: RunConfig, *, resume: str = "auto", overwrite: bool = False) -> int:
+def train(config: RunConfig, *, resume: str = "auto", overwrite: bool = False, may_differ: Sequence[str] = ()) -> int:
     """Run the training that `config` describes, or go on with it. Collective: every rank calls it.
 
+    may_differ: keys ("train.lr") in which a run that goes on may differ from what it was started with.
     Returns the exit code: 0, or 85 where a signal stopped the run after a save. Raises UserError for what is wrong
     with the input, PolicyStop where `train.nan_policy` ends the run.
     """
     with ranks_together(config) as ranks:
-        code = _train(config, ranks, resume=resume, overwrite=overwrite)
+        code = _train(config, ranks, resume=resume, overwrite=overwrite, may_differ=may_differ)
         ranks.guard.beat("the end")
     if code == EXIT_PREEMPTED and ranks.grid.rank == 0:
         (Path(config.run.dir) / run_folder.STOP_FILE).unlink(missing_ok=True)  # the next start is not meant
     return code
 
 
-def _train(config: RunConfig, ranks: Together, *, resume: str, overwrite: bool) -> int:
+def _train(config: RunConfig, ranks: Together, *, resume: str, overwrite: bool, may_differ: Sequence[str]) -> int:
     settings, parallel = config.train, config.parallel
     grid, stop, guard, device = ranks.grid, ranks.stop, ranks.guard, ranks.grid.device
     check_layout(config, grid.world)
 
     # Whatever can be wrong with the input is found before anything is written, the cheap things first.
-    root = on_rank_zero(lambda: run_folder.check(config, resume=resume, overwrite=overwrite))
+    root = on_rank_zero(lambda: run_folder.check(config, resume=resume, overwrite=overwrite, may_differ=may_differ))
     plan = plan_model(config, grid)
     ranks.check_room(config, plan)
     guard.beat("building data")

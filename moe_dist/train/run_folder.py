@@ -19,6 +19,7 @@ import os
 import platform
 import shutil
 import socket
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -37,12 +38,12 @@ STOP_FILE = f"{LAUNCH}/{STOP}"  # exists while somebody asks the run to save and
 PACKAGES = ("moe_dist", "torch", "deepspeed", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
 
 
-def check(config: RunConfig, *, resume: str, overwrite: bool) -> Path | None:
+def check(config: RunConfig, *, resume: str, overwrite: bool, may_differ: Sequence[str] = ()) -> Path | None:
     """Where to resume from: the folder of a checkpoint or of several, or None to start at step 0. Writes nothing.
 
     For one process only (rank 0); the others wait. `resume`: 'auto' continues what is in the folder, 'never' wants an
     empty one, anything else is the path of a checkpoint, or of a run or checkpoint folder whose newest one is meant.
-    Raises UserError where the folder belongs to a different configuration.
+    Raises UserError where the folder belongs to a different configuration; keys of `may_differ` ("train.lr") aside.
     """
     folder = Path(config.run.dir)
     used = (folder / CONFIG).exists() and not overwrite
@@ -55,7 +56,7 @@ def check(config: RunConfig, *, resume: str, overwrite: bool) -> Path | None:
     ):
         raise UserError(f"{folder} is not empty and holds no run of ours: choose another run.dir")
     if used:
-        _check_same(config, folder)
+        _check_same(config, folder, may_differ)
     if resume not in ("auto", "never"):
         if not Path(resume).is_dir():
             raise UserError(f"--resume {resume}: no such folder")
@@ -83,13 +84,16 @@ def write(config: RunConfig, *, overwrite: bool, world: int) -> None:
         raise UserError(f"cannot write the run folder {folder}: {error.strerror}") from None
 
 
-def _check_same(config: RunConfig, folder: Path) -> None:
-    differing = save.differences(read_mapping(folder / CONFIG), save.to_dict(config))
+def _check_same(config: RunConfig, folder: Path, may_differ: Sequence[str]) -> None:
+    lines = save.differences(read_mapping(folder / CONFIG), save.to_dict(config))
+    free = tuple(f"{key}{end}" for key in may_differ for end in (":", "."))  # "train.betas" is "train.betas.1", too
+    differing = [line for line in lines if not line.startswith(free)]
     if differing:
         raise UserError(
             f"{folder} holds a run of another configuration, which cannot be continued with this one:\n  "
             + "\n  ".join(differing)
-            + "\nChoose another run.dir, restore these values, or give --overwrite to start anew"
+            + "\nChoose another run.dir, restore these values, or give --overwrite to start anew. A run that is "
+            "meant to go on with another value says so, as in --allow-config-drift train.lr"
         )
 
 

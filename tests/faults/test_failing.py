@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import time
 
 import pytest
 
 from moe_dist.errors import EXIT_OK, EXIT_TRANSIENT
-from tests.faults.harm import HANG_TIMEOUT, KINDS, PLACES, STACKLESS, harm
+from moe_dist.launch.processes import descendants
+from tests.faults.harm import HANG_TIMEOUT, KINDS, PLACES, STACKLESS, at_place, harm
 from tests.run.forked import Ranks
 from tests.run.processes import write_config
 from tests.run.runs import events, make_files, settings
@@ -79,6 +81,27 @@ def test_fault_21_a_rank_fails(files, tmp_path, kind, place, victim):
     assert lines[0].removeprefix("moe-dist: ") in log.read_text()
     if kind not in STACKLESS:
         assert "tests/faults/harm.py" in log.read_text()
+
+
+@pytest.mark.report_only
+@pytest.mark.parametrize(("victim", "line"), [(0, "the host of rank 0 ("), (1, f"rank 1 on {HOST} is gone, and what")])
+def test_fault_21_a_host_is_lost(files, tmp_path, victim, line):
+    """A rank and its watcher, at once and without a word."""
+    words = ("train", str(write_config(run_settings(files, tmp_path / "run"), tmp_path / "c.yaml")))
+    with Ranks(2, words, tmp_path / "output", before=lose_the_host, args=(victim,)) as ranks:
+        codes = ranks.wait(WITHIN)
+        text = ranks.text
+    assert codes[1 - victim] == EXIT_TRANSIENT, (codes, text)
+    assert sum(one.startswith(f"moe-dist: {line}") for one in text.splitlines()) == 1, text
+
+
+def lose_the_host(rank: int, victim: int) -> None:
+    def lose() -> None:
+        for pid in [*descendants(os.getpid()), os.getpid()]:
+            os.kill(pid, signal.SIGKILL)
+
+    if rank == victim:
+        at_place(rank, "forward", lose, 3)
 
 
 def test_fault_22_a_rank_that_leaves_out_a_collective(files, tmp_path):

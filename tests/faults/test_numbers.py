@@ -13,7 +13,6 @@ from tests.data.test_loader import section  # noqa: F401 - a fixture
 from tests.hang import scripted
 from tests.hang.scripted import FULL, NAN_GRADIENT, NAN_LOSS
 from tests.hang.test_hangs import files, run_settings  # noqa: F401 - a fixture among them
-from tests.ops.test_grouped_mlp import test_a_seat_without_rows_gets_exact_zeros as without_rows
 from tests.run.processes import write_config
 from tests.run.runs import events, make_files, settings
 from tests.run.test_bad_input import called, refused
@@ -52,16 +51,6 @@ def test_fault_26_the_batches_of_a_skipped_step_are_named(ranks, files, tmp_path
     # A gradient has no name on it: all of the step.
     assert [one["rows"] for one in gradient["batches"]] == [[["script", row]] for row in (8, 10, 9, 11)]
     assert all(one["loss_finite"] for one in gradient["batches"])
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the kernels of CUDA are not compared here")
-@pytest.mark.parametrize("name", ["grouped"])
-def test_fault_27_an_expert_without_tokens_on_a_gpu(name):
-    torch.set_default_device("cuda")
-    try:
-        without_rows(name)
-    finally:
-        torch.set_default_device("cpu")
 
 
 def test_fault_39_a_model_with_a_nan_is_named(ranks, tmp_path):

@@ -1,4 +1,4 @@
-from tests.ops import test_grouped_mlp as lender
+from tests.moe import test_mixture as lender
 
 test_fault_27_a_seat_without_rows_gets_exact = lender.test_a_seat_without_rows_gets_exact_zeros
 test_fault_27_no_expert_sees_the_rows_of_another = lender.test_no_expert_sees_the_rows_of_another

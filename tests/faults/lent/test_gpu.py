@@ -1,0 +1,5 @@
+from tests.gpu import test_permute_cuda as lender
+from tests.gpu.conftest import _cuda
+
+test_fault_28_passes_of_any_shape_on_a_gpu = lender.test_passes_equal_the_reference
+test_fault_28_offsets_beyond_32_bits_on_a_gpu = lender.test_offsets_beyond_32_bits
