@@ -73,14 +73,15 @@ def transformers_with_ours(case: Case) -> Experts:
 
 
 def torchtitan(x_TH, ids_TK, probs_TK, gate_up, down):
-    """argsort of the slots, gather, grouped products of w1, w3 and w2, scores in fp32 on the outputs, scatter_add."""
-    top_k, width = ids_TK.shape[1], down.shape[2]
-    order_N = torch.argsort(ids_TK.view(-1), stable=True)
-    ends_E = torch.bincount(ids_TK.view(-1), minlength=len(down)).cumsum(0).to(torch.int32)
+    """argsort of the slots, gather, grouped products, scores in fp32 on the outputs, scatter_add. Its w1 and w3 are one
+    product here: with the weights that all share, two would cost it a sum of their padded gradients."""
+    top_k, flat_N = ids_TK.shape[1], ids_TK.view(-1)
+    order_N = torch.argsort(flat_N, stable=True)
+    counts_E = torch.zeros(len(down), dtype=torch.int64, device=flat_N.device)
+    ends_E = counts_E.scatter_add_(0, flat_N, torch.ones_like(flat_N)).cumsum(0).to(torch.int32)
     wide_NH = (order_N // top_k)[:, None].expand(-1, x_TH.shape[1])
     rows_NH = torch.gather(x_TH, 0, wide_NH)
-    gate_NI = F.grouped_mm(rows_NH, gate_up[:, :width].transpose(1, 2), offs=ends_E)
-    up_NI = F.grouped_mm(rows_NH, gate_up[:, width:].transpose(1, 2), offs=ends_E)
+    gate_NI, up_NI = F.grouped_mm(rows_NH, gate_up.transpose(1, 2), offs=ends_E).chunk(2, dim=1)
     y_NH = F.grouped_mm(F.silu(gate_NI) * up_NI, down.transpose(1, 2), offs=ends_E)
     weighted_NH = (y_NH.float() * probs_TK.view(-1)[order_N][:, None]).to(y_NH.dtype)
     return torch.zeros_like(x_TH).scatter_add(0, wide_NH, weighted_NH)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu_suite [--minutes M] [--to FOLDER] [--json FILE] [--full]
 
-The native library is built here where it lacks the CUDA kernels and nvcc is there. Then versions, `pytest tests/gpu`, the
-kernels under compute-sanitizer, and the table: each data-movement kernel against a copy of as many bytes, and one
+The native library is built here where it lacks the CUDA kernels and nvcc is there. Then versions, `pytest tests/gpu`,
+the kernels under compute-sanitizer, and the table: each data-movement kernel against a copy of as many bytes, and one
 layer's experts, forward and backward, against their bare grouped products, the implementations that transformers has,
 and the recipes of torchtitan and Megatron-Core in plain torch. Results are written after every step, to
 FOLDER/gpu_suite.md and .json (benchmarks/results).
