@@ -1,5 +1,16 @@
-from tests.gpu import test_permute_cuda as lender
-from tests.gpu.conftest import _cuda
+"""What needs a GPU: the modules of tests/gpu, which cannot be imported where there is none."""
 
-test_fault_28_passes_of_any_shape_on_a_gpu = lender.test_passes_equal_the_reference
-test_fault_28_offsets_beyond_32_bits_on_a_gpu = lender.test_offsets_beyond_32_bits
+import importlib
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU for the kernels of CUDA")
+
+
+def test_fault_27_experts_without_tokens_on_a_gpu():
+    importlib.import_module("tests.gpu.test_layer_cuda").test_layer(torch.float32, False, False)
+
+
+def test_fault_28_offsets_beyond_32_bits_on_a_gpu():
+    importlib.import_module("tests.gpu.test_permute_cuda").test_offsets_beyond_32_bits()
