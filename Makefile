@@ -4,6 +4,8 @@
 #   make quickstart-nexus  upcycle dense experts into one mixture and add one more (about four minutes)
 #   make quickstart-self-moe  a model writes its own data and becomes a mixture of LoRA experts (about five minutes)
 #   make test         lint and the tests
+#   make faults       bring about every fault of a list, and show what held (at most 25 minutes)
+#   make soak         a hundred random kills in a row over a small run; KILLS=10 for fewer
 #   make bench        the benchmarks, one table of their results; ONLY="NAME ..." for some of them
 # PYTHON chooses the interpreter, TORCH the build of torch; a GPU user might say
 #   make test TORCH="torch==2.13.0 --index-url URL"     with the URL of a CUDA build, from the selector on pytorch.org
@@ -14,7 +16,7 @@ BIN := .venv/bin
 SOURCES := $(wildcard csrc/*)
 CODE := moe_dist tests configs setup.py $(wildcard csrc/*.py benchmarks)
 
-.PHONY: install quickstart quickstart-esft quickstart-nexus quickstart-self-moe test lint format bench parity families clean
+.PHONY: install quickstart quickstart-esft quickstart-nexus quickstart-self-moe test lint format bench parity faults soak families clean
 .DELETE_ON_ERROR:
 
 install: .venv/.package
@@ -47,6 +49,12 @@ bench: .venv/.package
 
 parity: .venv/.package
 	$(BIN)/python -m pytest -q tests/parity --all-cells
+
+faults: .venv/.package
+	$(BIN)/python -m tests.faults.report
+
+soak: .venv/.package
+	$(BIN)/python -m tests.faults.soak
 
 families: .venv/.package
 	$(BIN)/python -m tests.families
