@@ -91,10 +91,10 @@ def collect(deadline: Deadline, results: dict, device: torch.device) -> Iterator
 
 
 def measured(part, all_cases: list[Case], deadline: Deadline, results: dict, clock: Clock) -> Iterator[str]:
-    """Case after case, as long as the next, by what the last one took, would be done in time."""
-    estimate = 0.0
+    """Case after case; one that would not be done in time, by what the last one took, is left out."""
+    took, cost = 0.0, 1
     for i, case in enumerate(all_cases):
-        if not deadline.fits(estimate):
+        if not deadline.fits(took * max(1.0, case.cost / cost)):
             results["notes"].append(f"No time was left for {part.__name__[:-3]} at {case}.")
             yield results["notes"][-1]
             continue
@@ -112,8 +112,7 @@ def measured(part, all_cases: list[Case], deadline: Deadline, results: dict, clo
             yield results["notes"][-1]
         if clock.device.type == "cuda":
             torch.cuda.empty_cache()
-        following = all_cases[i + 1] if i + 1 < len(all_cases) else case
-        estimate = (time.perf_counter() - start) * max(1.0, following.cost / case.cost)
+        took, cost = time.perf_counter() - start, case.cost
 
 
 def kernels_of(case: Case, clock: Clock, seconds: float) -> Iterator[dict | str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
 
 from benchmarks import _gpu_checks, gpu_suite
 from benchmarks._gpu_cases import Case, cases
+from benchmarks._gpu_clock import Clock, Deadline
 
 CASE = Case("tiny", 24, 4, 2, 32, 16)
 COPY, PRODUCTS = "copy of as many bytes", "its bare grouped products"
@@ -45,11 +47,18 @@ def test_every_part_runs(suite, tmp_path):
     assert len(results["goals"]) == 4
 
 
-def test_no_time_no_rows_and_a_note_for_each_case(suite):
-    _, results = suite("--minutes", "0.0001")
-    layers = [row for row in results["rows"] if row["peer_name"] == PRODUCTS]
-    # The first case of each part is tried: how long it takes is not known before.
-    assert len(layers) <= 1
+def test_what_would_not_be_done_in_time_is_left_out_and_named():
+    small, large = CASE, Case("large", 24, 4, 2, 32, 1600)
+    results = {"rows": [], "notes": []}
+
+    def sleepers_of(case, clock, seconds):
+        time.sleep(0.05)
+        yield {"case": str(case), "unit": "ms", "ours": 1.0, "peer": 1.0, "ratio": 1.0, "peer_name": "nobody"}
+
+    lines = gpu_suite.measured(sleepers_of, [small, large, small], Deadline(1.0), results, Clock(torch.device("cpu")))
+    assert len(list(lines)) == 3
+    assert [row["case"] for row in results["rows"]] == ["tiny T24", "tiny T24"]
+    assert results["notes"] == ["No time was left for sleepers at large T24."]
 
 
 def test_the_largest_cases_come_last():
