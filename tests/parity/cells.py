@@ -12,6 +12,13 @@ TRAINABLE = ("all", "some", "one rank", "one layer")
 BUCKETS = (300, 50_000_000)  # elements: one that flushes all the time, and the default, which never does here
 BALANCE = ("none", "hf")
 RECOMPUTE = (False, True)
+# How tokens travel: settings of `moe`, and whether the ranks are taken for two nodes.
+WAYS = {
+    "dedup": {"dispatcher": "dedup"},
+    "alltoall": {"dispatcher": "alltoall", "chunks": 2},
+    "node": {"dispatcher": "node", "wire": "float32"},
+    "beside": {"dispatcher": "dedup", "chunks": 3, "overlap": True},
+}
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,7 @@ class Cell:
     bucket: int
     balance: str
     recompute: bool
+    way: str = "dedup"
 
     @property
     def world(self) -> int:
@@ -33,6 +41,21 @@ class Cell:
     @property
     def expert(self) -> int:
         return self.layout[1]
+
+    @property
+    def moe(self) -> dict:
+        """The settings of its way; what ZeRO 3 or an expert group of one rank does not allow is left out."""
+        settings = dict(WAYS[self.way])
+        if self.stage == 3:
+            settings.pop("overlap", None)
+        if self.way == "node" and self.expert == 1:
+            settings["dispatcher"] = "auto"
+        return settings
+
+    @property
+    def node_size(self) -> int | None:
+        """Half of an expert group is a node where the way is that of nodes."""
+        return self.expert // 2 if self.way == "node" and self.expert > 1 else None
 
     def __str__(self) -> str:
         return "-".join(
@@ -45,11 +68,12 @@ class Cell:
                 f"bucket{self.bucket}",
                 self.balance,
                 *(["recompute"] if self.recompute else []),
+                self.way,
             ]
         )
 
 
-AXES = (FAMILIES, LAYOUTS, STAGES, TRAINABLE, BUCKETS, BALANCE, RECOMPUTE)
+AXES = (FAMILIES, LAYOUTS, STAGES, TRAINABLE, BUCKETS, BALANCE, RECOMPUTE, tuple(WAYS))
 
 
 def every_cell() -> list[Cell]:

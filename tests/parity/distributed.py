@@ -19,7 +19,7 @@ from tests.train.runner import packed
 def train(cell: Cell, folder: str) -> dict:
     """On each rank: logits and expert ids of its rows, the gradients it owns, norms, and the weights it owns."""
     config = problem.config(cell, folder)
-    grid = build_grid(expert=cell.expert)
+    grid = build_grid(expert=cell.expert, node_size=cell.node_size)
     model = build_model(config, plan_model(config, grid), grid)
     engine = build_engine(
         model,

@@ -65,11 +65,12 @@ def config(cell: Cell, folder: str) -> RunConfig:
             "data": {"train": ["unused.jsonl"]},
             "parallel": {
                 "expert": cell.expert,
+                "node_size": cell.node_size,
                 "zero_stage": cell.stage,
                 "reduce_bucket_size": cell.bucket,
                 "placement": "balanced" if cell.trainable == "some" else "contiguous",
             },
-            "moe": {"balance_loss": cell.balance, "balance_coef": COEF},
+            "moe": {"balance_loss": cell.balance, "balance_coef": COEF, **cell.moe},
             "train": {
                 "steps": len(RATES),
                 "precision": "fp32",
