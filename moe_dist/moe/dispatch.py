@@ -10,12 +10,13 @@ one row for each of them goes back. At P = 1 nothing travels and the tokens are 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 import torch
 
 from moe_dist.errors import UserError
-from moe_dist.moe.hop import Hop, Slots, Way, count, plan_hop, slots_of
+from moe_dist.moe.hop import Hop, Slots, Way, count, first_rows, plan_hop, slots_of
 from moe_dist.moe.placement import Placement
 from moe_dist.ops import RowPlan, row_plan
 from moe_dist.parallel.grid import Grid
@@ -90,9 +91,8 @@ def plan_dispatch(
             [stay_here(slots, placement.num_experts, cut) for cut, slots in zip(tokens, parts, strict=True)], counts_E
         )
 
-    ways = _ways(placement, grid, choose_dispatcher(dispatcher, grid, ids_TK.shape[1]), ids_TK.device)
     hops: list[list[Hop]] = []
-    for way in ways:
+    for way in _ways(placement, grid, choose_dispatcher(dispatcher, grid, ids_TK.shape[1]), ids_TK.device):
         planned, parts, by_place = plan_hop(parts, way)
         hops.append(planned)
     start = sum(placement.held[: grid.expert_rank])
@@ -106,29 +106,37 @@ def plan_dispatch(
 
 
 def stay_here(slots: Slots, num_seats: int, tokens: slice = slice(None)) -> Part:
-    """The part of tokens that travel nowhere: their places are this rank's seats."""
-    seats = row_plan(slots.places_TK, num_experts=num_seats)
-    return Part(tokens, (), seats, slots.probs_TK, seats.counts_E.tolist())
+    """The part of tokens that travel nowhere: their places are this rank's seats. One copy of counts to the host."""
+    places_TK = slots.places_TK
+    # Dropped slots go to a seat that does not exist, behind all others, until the host knows how many there are.
+    seats = row_plan(
+        places_TK.masked_fill(places_TK < 0, num_seats), num_experts=num_seats + 1, num_rows=places_TK.numel()
+    )
+    *counts, dropped = seats.counts_E.tolist()
+    seats = replace(first_rows(seats, seats.num_rows - dropped), counts_E=seats.counts_E[:-1], num_experts=num_seats)
+    return Part(tokens, (), seats, slots.probs_TK, counts)
 
 
 def _cut(tokens: int, chunks: int) -> list[slice]:
     return [slice(tokens * part // chunks, tokens * (part + 1) // chunks) for part in range(chunks)]
 
 
-def _ways(placement: Placement, grid: Grid, dispatcher: str, device: torch.device) -> list[Way]:
+@functools.lru_cache(maxsize=1024)
+def _ways(placement: Placement, grid: Grid, dispatcher: str, device: torch.device) -> tuple[Way, ...]:
+    """The hops of a dispatcher, made once: a copy of a table to a device in every forward would wait for it."""
     rank_of_place = torch.repeat_interleave(torch.arange(grid.expert), torch.tensor(placement.held)).to(device)
     stops = torch.tensor(placement.held).cumsum(0).tolist()
     places = [range(stop - held, stop) for stop, held in zip(stops, placement.held, strict=True)]
     if dispatcher != "node":
         shared = dispatcher == "dedup"
-        return [Way(grid.expert_group, grid.expert_rank, grid.expert, rank_of_place, shared, tuple(places))]
+        return (Way(grid.expert_group, grid.expert_rank, grid.expert, rank_of_place, shared, tuple(places)),)
     node, local = divmod(grid.expert_rank, grid.node_size)
     nodes = grid.expert // grid.node_size
     last = (node * grid.node_size, (node + 1) * grid.node_size)
     across = Way(grid.across_group, node, nodes, rank_of_place // grid.node_size, True, (range(0),) * nodes)
     if grid.inside_group is None:  # one rank a node: the first hop is the last
-        return [Way(grid.across_group, node, nodes, rank_of_place, True, tuple(places))]
+        return (Way(grid.across_group, node, nodes, rank_of_place, True, tuple(places)),)
     inside = Way(
         grid.inside_group, local, grid.node_size, rank_of_place % grid.node_size, True, tuple(places[slice(*last)])
     )
-    return [across, inside]
+    return across, inside

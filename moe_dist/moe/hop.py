@@ -13,7 +13,7 @@ bringing the same rows, places and probabilities.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -103,10 +103,8 @@ def plan_hop(parts: list[Slots], way: Way) -> tuple[list[Hop], list[Slots], list
     many slots arrive for each place of this rank (empty lists unless this is the last hop). Collective over the group.
     """
     maps = [_rows_by_destination(slots.places_TK, way) for slots in parts]
-    mine, sent = [], []
-    for slots, (rows, _, _) in zip(parts, maps, strict=True):
-        sent.append(rows.counts_E)
-        mine.append(_counts_for_ranks(rows.counts_E, slots.places_TK, way))
+    sent = [rows.counts_E[:-1] for rows, _, _ in maps]
+    mine = [_counts_for_ranks(rows_Q, slots.places_TK, way) for rows_Q, slots in zip(sent, parts, strict=True)]
     sizes = [len(parts) * (1 + len(places)) for places in way.counted]
     to_send = torch.cat([torch.cat([counts[rank] for counts in mine]) for rank in range(way.size)])
     counts = exchange(to_send, sizes, [sizes[way.rank]] * way.size, way.group, what="counts")
@@ -115,8 +113,10 @@ def plan_hop(parts: list[Slots], way: Way) -> tuple[list[Hop], list[Slots], list
     host = torch.cat([torch.stack(sent), counts_QCS[:, :, 0].t(), counts_QCS[:, :, 1:].sum(0)], dim=1).tolist()
 
     hops, arrived, by_place = [], [], []
-    for slots, (rows, row_of_slot_TK, destination_TK), line in zip(parts, maps, host, strict=True):
+    for slots, (every_row, row_of_slot_TK, destination_TK), line in zip(parts, maps, host, strict=True):
         send, receive = line[: way.size], line[way.size : 2 * way.size]
+        rows = first_rows(every_row, sum(send))
+        row_of_slot_TK = row_of_slot_TK.masked_fill(row_of_slot_TK >= sum(send), -1)
         hops.append(Hop(way, rows, row_of_slot_TK, send, receive))
         arrived.append(_send_slots(slots, rows, destination_TK, send, receive, way))
         by_place.append(line[2 * way.size :])
@@ -130,17 +130,31 @@ def count(numbers: torch.Tensor, size: int) -> torch.Tensor:
     return counts.scatter_add_(0, flat_N, torch.ones_like(flat_N))[:size]
 
 
+def first_rows(plan: RowPlan, rows: int) -> RowPlan:
+    """The plan of the first rows alone: the slots of later ones are dropped."""
+    if rows == plan.num_rows:
+        return plan
+    row_of_slot_TK = plan.row_of_slot_TK.masked_fill(plan.row_of_slot_TK >= rows, -1)
+    return replace(plan, row_of_slot_TK=row_of_slot_TK, slot_of_row_N=plan.slot_of_row_N[:rows])
+
+
 def _rows_by_destination(places_TK: torch.Tensor, way: Way) -> tuple[RowPlan, torch.Tensor, torch.Tensor]:
-    """(the rows to send, the row of every slot, the destination of every slot; -1 where there is none)."""
-    destination_TK = way.destination_of_place[places_TK.clamp(min=0)].masked_fill(places_TK < 0, -1)
-    if not way.shared:
-        rows = row_plan(destination_TK, num_experts=way.size)
-        return rows, rows.row_of_slot_TK.long(), destination_TK
-    # The first slot of the token with the same destination: it brings the row, the others share it.
-    first_TK = (destination_TK[:, :, None] == destination_TK[:, None, :]).to(torch.uint8).argmax(2)
-    order_K = torch.arange(places_TK.shape[1], device=places_TK.device)
-    rows = row_plan(destination_TK.masked_fill(first_TK != order_K, -1), num_experts=way.size)
-    return rows, rows.row_of_slot_TK.long().gather(1, first_TK), destination_TK
+    """(rows by destination, the row of every slot, the destination of every slot).
+
+    Slots that bring no row get one behind all others, at a destination that does not exist: so the number of rows is
+    known here, and no device is asked for it. They are cut off when the counts have come to the host.
+    """
+    nowhere = way.size
+    destination_TK = way.destination_of_place[places_TK.clamp(min=0)].masked_fill(places_TK < 0, nowhere)
+    firsts_TK = destination_TK
+    if way.shared:
+        # The first slot of the token with the same destination: it brings the row, the others share it.
+        first_TK = (destination_TK[:, :, None] == destination_TK[:, None, :]).to(torch.uint8).argmax(2)
+        order_K = torch.arange(places_TK.shape[1], device=places_TK.device)
+        firsts_TK = destination_TK.masked_fill(first_TK != order_K, nowhere)
+    rows = row_plan(firsts_TK, num_experts=way.size + 1, num_rows=firsts_TK.numel())
+    row_of_slot_TK = rows.row_of_slot_TK.long()
+    return rows, row_of_slot_TK.gather(1, first_TK) if way.shared else row_of_slot_TK, destination_TK
 
 
 def _counts_for_ranks(rows_Q: torch.Tensor, places_TK: torch.Tensor, way: Way) -> list[torch.Tensor]:

@@ -11,11 +11,12 @@ again in the backward, and the experts' outputs are never kept: see `ops.grouped
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from moe_dist.moe.dispatch import DispatchPlan, Part
+from moe_dist.moe.hop import first_rows
 from moe_dist.ops import RowPlan, grouped_mlp, passes
 from moe_dist.ops.experts_loop import Activation, Span
 from moe_dist.parallel.collectives import Flight
@@ -122,7 +123,7 @@ class _Mixture(torch.autograd.Function):
             x_MH, rows_RH, *zs = kept[each * index : each * (index + 1)]
             spans = _spans(part, how, tensors)
             if x_MH is not None:
-                first = _first_rows(part.seats, _rows_wanted(spans, needed, how.recompute))
+                first = first_rows(part.seats, _rows_wanted(spans, needed, how.recompute))
                 rows_RH = passes.permute(x_MH, first, dtype=dtype)
             elif rows_RH is None:
                 rows_RH = dy_TH[:0].to(dtype)
@@ -237,14 +238,6 @@ def _tokens_or_rows(
     if not wanted:
         return None, None
     return (x_MH, None) if len(x_MH) <= wanted else (None, rows_RH[:wanted].clone())
-
-
-def _first_rows(seats: RowPlan, wanted: int) -> RowPlan:
-    """The plan of the first rows alone."""
-    if wanted == seats.num_rows:
-        return seats
-    row_of_slot_TK = seats.row_of_slot_TK.masked_fill(seats.row_of_slot_TK >= wanted, -1)
-    return replace(seats, row_of_slot_TK=row_of_slot_TK, slot_of_row_N=seats.slot_of_row_N[:wanted])
 
 
 def _sum(old: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor | None:
