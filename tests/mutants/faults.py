@@ -146,12 +146,10 @@ def way_back_not_reversed(original):
 def slots_that_share_a_row_lost(original):
     """Where two experts of a token live on one rank, only the first of them is told of it."""
 
-    def rows(places_TK, way):
-        plan, _, destination_TK = original(places_TK, way)
-        firsts_TK = torch.where(plan.row_of_slot_TK < 0, -1, destination_TK)
-        return plan, plan.row_of_slot_TK.long(), firsts_TK
+    def send(slots, rows, destination_TK, *rest):
+        return original(slots, rows, destination_TK.masked_fill(rows.row_of_slot_TK < 0, -1), *rest)
 
-    return rows
+    return send
 
 
 def last_slot_lost(original):
@@ -300,7 +298,7 @@ FAULTS = {
     "balance loss of padding": Fault(f"{MOE}.balance:RealTokens.count", padding_in_the_balance_loss, BALANCED),
     "rows to another expert": Fault(f"{MOE}.layer:plan_dispatch", rows_sent_to_the_neighbour),
     "way back not reversed": Fault(f"{MOE}.hop:Hop.start_back", way_back_not_reversed, stops=True),
-    "shared row, one slot": Fault(f"{MOE}.hop:_rows_by_destination", slots_that_share_a_row_lost, stops=True),
+    "shared row, one slot": Fault(f"{MOE}.hop:_send_slots", slots_that_share_a_row_lost, stops=True),
     "probability gradients flipped": Fault(f"{MOE}.hop:Hop.pick_back", probability_gradients_in_the_wrong_order),
     "slot lost": Fault(f"{MOE}.layer:plan_dispatch", last_slot_lost, ONE_RANK),
     "frozen rank leaves": Fault(f"{MOE}.layer:MoEExperts.forward", frozen_rank_leaves_the_graph, ESFT, stops=True),
