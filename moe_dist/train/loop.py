@@ -128,6 +128,7 @@ def _train(config: RunConfig, ranks: Together, *, resume: str, overwrite: bool, 
             yield to_device(batch, device)
 
     def evaluate() -> dict[str, dict[str, float]]:
+        guard.beat("evaluation")
         results = {}
         for domain, rows in data.eval.items():
             batches = rows.batches(
@@ -140,7 +141,7 @@ def _train(config: RunConfig, ranks: Together, *, resume: str, overwrite: bool, 
             log.write("eval", step, domains=results, **({"expert_names": list(named)} if named else {}))
         return results
 
-    saver = Saver(config, engine, plan, grid, best=best, log=log)
+    saver = Saver(config, engine, plan, grid, best=best, log=log, guard=guard)
     proof = ChangeProof(engine, grid) if step < last else None
     skips_in_a_row, saved_at, evaluated_at, code = 0, step, None, EXIT_OK
     routing_window = -(-settings.steps // ROUTING_WINDOWS)

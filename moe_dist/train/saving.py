@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moe_dist.checkpoint import BackgroundSave, CheckpointError
 from moe_dist.config.schema import RunConfig
+from moe_dist.launch.guard import Guard
 from moe_dist.parallel.grid import Grid
 from moe_dist.train import run_folder, state
 from moe_dist.train.best import Best
@@ -21,10 +22,20 @@ class Saver:
     In the background at most one save is under way: the next one waits for it, and so do the end of the run and a stop.
     """
 
-    def __init__(self, config: RunConfig, engine: Engine, plan: ModelPlan, grid: Grid, *, best: Best, log: MetricLog):
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: Engine,
+        plan: ModelPlan,
+        grid: Grid,
+        *,
+        best: Best,
+        log: MetricLog,
+        guard: Guard,
+    ):
         self.root = Path(config.run.dir) / run_folder.CHECKPOINTS
         self._config, self._engine, self._plan, self._grid = config, engine, plan, grid
-        self._best, self._log = best, log
+        self._best, self._log, self._guard = best, log, guard
         self._pending: BackgroundSave | None = None
         self._pending_best: int | None = None
 
@@ -67,6 +78,8 @@ class Saver:
         pending, self._pending = self._pending, None
         if pending is None:
             return
+
+        self._guard.beat("saving")  # the wait may be longer than a step
 
         def commit() -> None:
             path = pending.commit()
