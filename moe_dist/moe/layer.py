@@ -35,6 +35,7 @@ class MoEExperts(nn.Module):
         dispatcher, chunks: the way of the tokens, and in how many parts they travel; see `moe.dispatch`.
         wide_sums: what a token's experts on one rank add up to travels home in fp32, not in the dtype of hidden.
         beside: called once in each forward while tokens travel.
+        backend: which of `ops.grouped_mlp.BACKENDS` computes wherever it serves, or "auto".
         recompute: compute the expert's inner activations again in the backward instead of keeping them.
         capacity_factor: None is dropless. Otherwise each rank sends at most
             ceil(capacity_factor · T · K / E) of its T tokens to an expert; later ones are dropped and counted.
@@ -65,6 +66,7 @@ class MoEExperts(nn.Module):
         self.recompute = False
         self.dispatcher = "auto"
         self.chunks = 1
+        self.backend = "auto"
         self.wide_sums = False
         self.beside: Callable[[], None] | None = None
         self.capacity_factor: float | None = None
@@ -110,7 +112,8 @@ class MoEExperts(nn.Module):
         self.statistics.add(plan.counts_E, dropped)
         dtype = hidden_TH.dtype if self.frozen is None else self.frozen.down_proj.dtype
         wire = torch.promote_types(hidden_TH.dtype, torch.float32) if self.wide_sums else hidden_TH.dtype
-        how = How(self.spec.activation, tuple(span.held for span in self.spans()), wire, self.recompute, self.beside)
+        held = tuple(span.held for span in self.spans())
+        how = How(self.spec.activation, held, wire, self.recompute, self.beside, self.backend)
         with torch.autocast(hidden_TH.device.type, enabled=False):
             return mixture(hidden_TH, weights_TK, plan, how, [span.tensors(dtype) for span in self.spans()])
 

@@ -28,6 +28,7 @@ class How:
 
     held: experts on each of the spans, in seat order. recompute: z is not kept but computed again in the backward.
     wire: dtype of sums on their way home. beside: called once in the forward while the tokens travel, with autograd on.
+    backend: of the experts' products, see `ops.grouped_mlp`.
     """
 
     activation: Activation
@@ -35,6 +36,7 @@ class How:
     wire: torch.dtype
     recompute: bool = False
     beside: Callable[[], None] | None = None
+    backend: str = "auto"
 
 
 def mixture(
@@ -95,6 +97,7 @@ class _Mixture(torch.autograd.Function):
                 how.activation,
                 factor_R=_by_row(part.probs_MK, part.seats),
                 keep_z=[backward and not how.recompute for _, backward in needed],
+                backend=how.backend,
             )
             wanted = _rows_wanted(spans, needed, how.recompute)
             kept += [*_tokens_or_rows(x_MH, rows_RH, wanted), *zs]
@@ -140,6 +143,7 @@ class _Mixture(torch.autograd.Function):
                 needs_factor=needs_probs,
                 needs=needs,
                 on_rows=home.leave,
+                backend=how.backend,
             )
             homes.append(home)
             grads = [_sum(old, new) for old, new in zip(grads, part_grads, strict=True)]

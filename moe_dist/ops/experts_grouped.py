@@ -2,119 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch.nn import functional as F
 
-from moe_dist.ops.experts_loop import (
-    Activation,
-    Span,
-    activation_backward,
-    prepare_backward,
-    prepare_forward,
-    scaled,
-    wide_dots,
-    wide_sum,
-)
-from moe_dist.ops.swiglu import swiglu, swiglu_backward, swiglu_forward
+from moe_dist.ops import experts_whole
+from moe_dist.ops.experts_loop import Activation, Span
 
 
-def forward(
-    x_RH: torch.Tensor,
-    span: Span,
-    activation: Activation,
-    *,
-    keep_z: bool,
-    out: torch.Tensor | None,
-    factor_R: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """As `experts_loop.forward`."""
-    if not len(x_RH):
-        return prepare_forward(x_RH, span, keep_z=keep_z, out=out)
-    z_RF = _linear(x_RH, span.w_in, span.b_in, span)
-    if activation is swiglu:
-        a_RI = swiglu_forward(z_RF, factor_R, out=x_RH.new_empty(len(x_RH), span.w_out.shape[2]))
-    else:
-        a_RI = scaled(activation(z_RF), factor_R)
-    y_RH = _linear(a_RI, span.w_out, span.b_out, span, factor_R)
-    return y_RH if out is None else out.copy_(y_RH), z_RF if keep_z else None
+def serves(rows: torch.Tensor, span: Span, activation: Activation) -> bool:
+    """Whether this back end computes such a span: rows of whole 16 bytes, in bf16 or, on a CPU, in fp32."""
+    sizes = (*span.w_in.shape[1:], *span.w_out.shape[1:])
+    dtypes = (torch.bfloat16,) if rows.is_cuda else (torch.bfloat16, torch.float32)
+    return rows.dtype in dtypes and all(size * rows.element_size() % 16 == 0 for size in sizes)
 
 
-def backward(
-    grad_RH: torch.Tensor,
-    x_RH: torch.Tensor | None,
-    z_RF: torch.Tensor | None,
-    span: Span,
-    activation: Activation,
-    needs: Sequence[bool],
-    *,
-    out: torch.Tensor | None,
-    factor_R: torch.Tensor | None = None,
-    out_factor: torch.Tensor | None = None,
-) -> tuple[torch.Tensor | None, Callable[[], list[torch.Tensor | None]]]:
-    """As `experts_loop.backward`; the weights' gradients are computed when they are asked for."""
-    if not len(grad_RH):
-        grad_x_RH, *grads = prepare_backward(grad_RH, span, needs, out)
-        return grad_x_RH, lambda: grads
-    if z_RF is None:
-        z_RF = _linear(x_RH, span.w_in, span.b_in, span)
-    grad_a_RI = _linear(grad_RH, span.w_out.transpose(1, 2), None, span)
-    if activation is swiglu:
-        places = {"out": grad_a_RI, "out_grad": torch.empty_like(z_RF), "out_factor": out_factor}
-        a_RI, grad_z_RF = swiglu_backward(grad_a_RI, z_RF, factor_R, **places)
-    else:
-        a_RI, grad_z_RF = activation_backward(activation, grad_a_RI, z_RF, factor_R, out_factor=out_factor)
-    if out_factor is not None and span.b_out is not None:
-        for seat, rows in span.seats():
-            out_factor[rows] += wide_dots(grad_RH[rows], span.b_out[seat])
-    grad_x_RH = None
-    if needs[0]:
-        grad_x_RH = _linear(grad_z_RF, span.w_in.transpose(1, 2), None, span)
-        grad_x_RH = grad_x_RH if out is None else out.copy_(grad_x_RH)
+class _Products:
+    """See `experts_whole.Products`: rows are taken as they lie."""
 
-    def weights() -> list[torch.Tensor | None]:
-        return [
-            _weight_grad(grad_z_RF, x_RH, span.w_in, span) if needs[1] else None,
-            _weight_grad(grad_RH, a_RI, span.w_out, span) if needs[2] else None,
-            _bias_grad(grad_z_RF, span.b_in, span) if needs[3] else None,
-            _bias_grad(grad_RH, span.b_out, span, factor_R) if needs[4] else None,
-        ]
+    def __init__(self, span: Span, rows: torch.Tensor):
+        self.held = len(span.counts)
+        self.offsets_S = span.counts_on(rows.device).cumsum(0).to(torch.int32)
 
-    return grad_x_RH, weights
+    def lay(self, x_RB: torch.Tensor) -> torch.Tensor:
+        return x_RB
+
+    def linear(self, laid_x: torch.Tensor, w_SBA: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        y_RB = F.grouped_mm(laid_x, w_SBA[: self.held].transpose(1, 2), offs=self.offsets_S)
+        return y_RB if out is None else out.copy_(y_RB)
+
+    def weight_grad(self, laid_grad: torch.Tensor, laid_x: torch.Tensor, w_SBA: torch.Tensor) -> torch.Tensor:
+        # The kernel gives zeros where a seat has no rows; pad seats get them here.
+        held_SBA = F.grouped_mm(laid_grad.t(), laid_x, offs=self.offsets_S)
+        pads = len(w_SBA) - self.held
+        return F.pad(held_SBA, (0, 0, 0, 0, 0, pads)) if pads else held_SBA
 
 
-def _weight_grad(grad_RB: torch.Tensor, x_RA: torch.Tensor, w_SBA: torch.Tensor, span: Span) -> torch.Tensor:
-    """grad[s]ᵀ · x[s] for each seat: the kernel gives zeros where a seat has no rows, and pad seats get them here."""
-    held = F.grouped_mm(grad_RB.t(), x_RA, offs=_offsets(span, x_RA.device))
-    pads = len(w_SBA) - len(span.counts)
-    return F.pad(held, (0, 0, 0, 0, 0, pads)) if pads else held
-
-
-def _bias_grad(
-    grad_RB: torch.Tensor, b_SB: torch.Tensor, span: Span, factor_R: torch.Tensor | None = None
-) -> torch.Tensor:
-    grad_SB = torch.zeros_like(b_SB)
-    for seat, rows in span.seats():
-        grad_SB[seat] = wide_sum(grad_RB[rows], None if factor_R is None else factor_R[rows])
-    return grad_SB
-
-
-def _linear(
-    x_RA: torch.Tensor,
-    w_SBA: torch.Tensor,
-    b_SB: torch.Tensor | None,
-    span: Span,
-    factor_R: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """x · w[s]ᵀ (+ b[s], times the row's factor) for the rows of each seat s."""
-    held = len(span.counts)
-    y_RB = F.grouped_mm(x_RA, w_SBA[:held].transpose(1, 2), offs=_offsets(span, x_RA.device))
-    if b_SB is not None:
-        bias_RB = b_SB[:held].repeat_interleave(span.counts_on(y_RB.device), dim=0, output_size=len(y_RB))
-        y_RB += bias_RB if factor_R is None else bias_RB * factor_R[:, None]
-    return y_RB
-
-
-def _offsets(span: Span, device: torch.device) -> torch.Tensor:
-    return span.counts_on(device).cumsum(0).to(torch.int32)
+forward = partial(experts_whole.forward, _Products)
+backward = partial(experts_whole.backward, _Products)

@@ -49,6 +49,11 @@ class Span:
                 start += count
 
 
+def serves(rows: torch.Tensor, span: Span, activation: Activation) -> bool:
+    """Whether this back end computes such a span: always."""
+    return True
+
+
 def forward(
     x_RH: torch.Tensor,
     span: Span,

@@ -15,12 +15,19 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from moe_dist.ops import experts_grouped, experts_loop, experts_native
+from moe_dist.ops import experts_batched, experts_grouped, experts_loop, experts_native
 from moe_dist.ops.experts_loop import Activation, Span
 from moe_dist.ops.memory import empty
 from moe_dist.ops.swiglu import swiglu
 
-__all__ = ["Activation", "Span", "backward", "forward", "swiglu"]
+__all__ = ["BACKENDS", "Activation", "Span", "backward", "forward", "serving", "swiglu"]
+
+BACKENDS = {
+    "loop": experts_loop,
+    "grouped": experts_grouped,
+    "native": experts_native,
+    "batched": experts_batched,
+}
 
 
 def forward(
@@ -30,10 +37,12 @@ def forward(
     *,
     factor_R: torch.Tensor | None = None,
     keep_z: Sequence[bool],
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     """(y `[R,H]`, z `[R,F]` of each span or None) for rows that lie span after span and, within one, seat after seat.
 
     x_RH: contiguous, in the dtype of the weights. factor_R: p, float32 (float64 in float64). keep_z: of each span.
+    backend: one of `BACKENDS`, wherever it serves, or "auto"; the same in the backward.
     """
     assert sum(sum(span.counts) for span in spans) == len(x_RH), "rows and counts disagree"
     # One span's result is the result; those of several are written side by side.
@@ -42,7 +51,7 @@ def forward(
     for (span, rows), keep in zip(_rows(spans), keep_z, strict=True):
         out = None if y_RH is None else y_RH[rows]
         factor = None if factor_R is None else factor_R[rows]
-        done_RH, z_RF = _backend(x_RH, span, activation).forward(
+        done_RH, z_RF = _backend(backend, x_RH, span, activation).forward(
             x_RH[rows], span, activation, keep_z=keep, out=out, factor_R=factor
         )
         zs.append(z_RF)
@@ -61,6 +70,7 @@ def backward(
     needs_factor: bool = False,
     needs: Sequence[bool],
     on_rows: Callable[[torch.Tensor | None, torch.Tensor | None], None],
+    backend: str = "auto",
 ) -> list[torch.Tensor | None]:
     """The gradients of the spans' tensors, four a span; those of the rows `[R,H]` and of the factors `[R]` go to
     `on_rows` (None where they are not needed) as soon as they are there.
@@ -77,7 +87,7 @@ def backward(
         if not any(wanted) and not needs_factor:
             weights.append(lambda: [None] * 4)
             continue
-        done_RH, span_weights = _backend(grad_RH, span, activation).backward(
+        done_RH, span_weights = _backend(backend, grad_RH, span, activation).backward(
             grad_RH[rows],
             x_RH[rows] if x_RH is not None and rows.stop <= len(x_RH) else None,
             zs[i],
@@ -103,11 +113,19 @@ def _rows(spans: Sequence[Span]):
         yield span, rows
 
 
-def _backend(x_RH: torch.Tensor, span: Span, activation: Activation):
-    """One kernel for all experts where it is a kernel: CUDA, bf16, strides of whole 16 bytes. On a CPU torch's grouped
-    product is a loop inside; the loops here keep everything between an expert's products in the cache and write their
-    results into place."""
-    sizes = (*span.w_in.shape[1:], *span.w_out.shape[1:])
-    if x_RH.is_cuda and x_RH.dtype == torch.bfloat16 and all(size % 8 == 0 for size in sizes):
+def serving(rows: torch.Tensor, span: Span, activation: Activation) -> list[str]:
+    """The names of the back ends that compute such a span; rows: any, of its device and dtype."""
+    return [name for name, backend in BACKENDS.items() if backend.serves(rows, span, activation)]
+
+
+def _backend(name: str, rows: torch.Tensor, span: Span, activation: Activation):
+    """The one that is asked for, if it serves these rows.
+
+    Else: one kernel for all experts where it is a kernel, which is on CUDA. On a CPU torch's grouped product is a loop
+    inside; the loops here keep everything between an expert's products in the cache and write their results into place.
+    """
+    if name != "auto" and BACKENDS[name].serves(rows, span, activation):
+        return BACKENDS[name]
+    if rows.is_cuda and experts_grouped.serves(rows, span, activation):
         return experts_grouped
-    return experts_native if experts_native.serves(x_RH, span, activation) else experts_loop
+    return experts_native if experts_native.serves(rows, span, activation) else experts_loop

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from moe_dist.moe.dispatch import DispatchPlan, stay_here
 from moe_dist.moe.hop import slots_of
 from moe_dist.moe.mixture import How, mixture
-from moe_dist.ops import experts_grouped, experts_loop, experts_native, native
+from moe_dist.ops import experts_batched, experts_grouped, experts_loop, experts_native, native
 from moe_dist.ops.grouped_mlp import Span, swiglu
 from tests.reference import relative_error
 
@@ -333,9 +333,10 @@ def test_bf16_products_have_few_shapes():
 @pytest.mark.parametrize("activation", [swiglu, interleaved])
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("dtype", CLOSE)
-def test_one_kernel_for_all_experts_against_one_after_the_other(counts, dtype, activation):
-    """The back end of CUDA on the CPU, where torch's grouped product runs too."""
+@pytest.mark.parametrize("backend", [experts_grouped, experts_batched])
+def test_one_product_for_all_experts_against_one_after_the_other(backend, counts, dtype, activation):
+    """The back end of CUDA on the CPU, where torch's grouped product runs too, and the batched one."""
     span, x, grad = draw_span(counts, dtype, width=8, bias=True)
-    results = [every_result(backend, span, x, grad, activation) for backend in (experts_grouped, experts_loop)]
-    for grouped, plain in zip(*results, strict=True):
-        assert relative_error(grouped, plain) <= 2 * CLOSE[dtype]
+    ours, plain = [every_result(each, span, x, grad, activation) for each in (backend, experts_loop)]
+    for one, other in zip(ours, plain, strict=True):
+        assert relative_error(one, other) <= 2 * CLOSE[dtype]

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from moe_dist.ops import experts_grouped, experts_loop, experts_native, native
+from moe_dist.ops import experts_batched, experts_grouped, experts_loop, experts_native, native
 from moe_dist.ops.experts_loop import Span
 from moe_dist.ops.swiglu import swiglu
 from tests.reference import relative_error
 
 HIDDEN, WIDTH, SEATS = 16, 24, 6
-COUNTS = [(5, 0, 40, 1), (0, 0), (), (3, 2, 1, 4, 0, 6)]
+COUNTS = [(5, 0, 40, 1), (0, 0), (), (3, 2, 1, 4, 0, 6), (7, 7, 7)]
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 8e-3}
 
 
@@ -56,6 +56,12 @@ def wanted(span, x, factor_R, grad, activation):
 NARROW = (torch.float32, torch.bfloat16)
 CASES = [
     *((experts_loop, dtype, bias, activation) for dtype in TOLERANCE for bias in (False, True) for activation in BOTH),
+    *(
+        (experts_batched, dtype, bias, activation)
+        for dtype in TOLERANCE
+        for bias in (False, True)
+        for activation in BOTH
+    ),
     *((experts_grouped, dtype, bias, activation) for dtype in NARROW for bias in (False, True) for activation in BOTH),
     *((experts_native, dtype, False, swiglu) for dtype in NARROW if native.has_cpu()),
 ]
