@@ -21,6 +21,7 @@ from moe_dist.launch.environment import apply, gpu_of
 # Long enough for rank 0 to tokenise a data set while the others wait.
 TIMEOUT = timedelta(hours=2)
 SLOW_START = 45.0  # seconds after which rank 0 says for whom it waits
+SHARE, HEAR = 1.0, 5.0  # seconds that the others get to hear why it ends, and for which they listen longer
 
 
 def start_ranks() -> torch.device:
@@ -56,29 +57,36 @@ def meet(*, name: str = "", timeout: float = 300.0) -> dist.Store | None:
         return dist.PrefixStore(f"start-{store.add(f'starts-{rank}', 1)}", store)
     store = dist.PrefixStore(hashlib.sha256(name.encode()).hexdigest()[:16], _connect(rank, world, timeout))
     store.set(f"came-{rank}", socket.gethostname())
-    end = time.monotonic() + timeout
-    told = time.monotonic() + SLOW_START
-    missing = list(range(world))
+    if rank == 0:
+        store.set("all", _await_all(store, world, timeout) or "come")
     try:
-        while missing := [other for other in missing if not store.check([f"came-{other}"])]:
-            if time.monotonic() > end:
-                raise HostFailure(
-                    f"{len(missing)} of {world} ranks have not come within {timeout:.0f} s: {_some(missing)}. Look at "
-                    "the logs of their hosts: a process that did not start, a firewall, or the wrong network "
-                    "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME); launch.join_timeout is how long the others wait"
-                )
-            if rank == 0 and time.monotonic() > told:
-                told = float("inf")
-                print(f"moe-dist: still waiting for {_some(missing)} of {world}", file=sys.stderr, flush=True)
-            time.sleep(0.02 if time.monotonic() < told else 0.5)
-        if rank == 0:
-            store.set("all", "1")
-        store.wait(["all"], timedelta(seconds=timeout))
+        store.wait(["all"], timedelta(seconds=timeout + HEAR))  # rank 0 may have begun to wait later
+        missing = store.get("all").decode()
     except RuntimeError as error:
-        if isinstance(error, HostFailure):
-            raise
-        raise HostFailure(f"rank 0 has gone while the ranks were meeting: {_first_line(error)}") from None
-    return store
+        raise HostFailure(f"rank 0 has not come within {timeout:.0f} s, or has gone: {_first_line(error)}") from None
+    if missing == "come":
+        return store
+    if rank == 0:
+        time.sleep(SHARE)  # the store may live here: the others have to hear it
+    raise HostFailure(missing)
+
+
+def _await_all(store: dist.Store, world: int, timeout: float) -> str:
+    """On rank 0: '' once all ranks have come, or what to say of those that have not in time."""
+    missing, start, told = list(range(world)), time.monotonic(), False
+    while missing := [other for other in missing if not store.check([f"came-{other}"])]:
+        waited = time.monotonic() - start
+        if waited > timeout:
+            return (
+                f"{len(missing)} of {world} ranks have not come within {timeout:.0f} s: {_some(missing)}. Look at the "
+                "logs of their hosts: a process that did not start, a firewall, or the wrong network "
+                "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME); launch.join_timeout is how long the others wait"
+            )
+        if waited > SLOW_START and not told:
+            told = True
+            print(f"moe-dist: still waiting for {_some(missing)} of {world}", file=sys.stderr, flush=True)
+        time.sleep(0.02 if waited < 5 else 0.5)
+    return ""
 
 
 def _connect(rank: int, world: int, timeout: float) -> dist.Store:

@@ -72,6 +72,7 @@ def test_stragglers_are_measured_by_the_others():
 
 def test_stacks_tell_who_waits_and_where():
     assert read_stack(WAITING) == (True, "train/agree.py:30 in agree")
+    assert read_stack(WAITING.replace("torch/distributed/distributed_c10d", "moe_dist/parallel/collectives"))[0]
     assert read_stack(WORKING) == (False, "data/loader.py:113 in next_batch")
     assert read_stack("") == (None, "")
 

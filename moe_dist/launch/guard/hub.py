@@ -12,6 +12,8 @@ from moe_dist.launch.guard.wire import Wire
 
 WINDOW = 3.0  # seconds in which a rank that knows why may still speak, after one has only noticed that others are gone
 SILENCE = 60.0  # a watcher that has said nothing for so long is taken for dead, and its host with it
+KEEPALIVE = 10.0  # how often hub and watchers speak though nothing has changed
+SUSPENDED = 15.0  # seconds between two looks that say that this process itself was stopped
 STACKS = 3.0  # seconds that the watchers get to send the stacks of a hang
 LINGER = 30.0  # seconds that the hub stays after it has spoken
 SAMPLE_STEPS, SAMPLE_SECONDS, SAMPLES = 3, 2.0, 3  # how a straggler shows: windows of so many steps, so often in a row
@@ -27,7 +29,9 @@ class Hub:
         self.world, self.folder, self.hang_timeout, self.say = world, folder, hang_timeout, say
         self.listener = socket.create_server(("", 0), backlog=max(128, world))
         self.over, self.verdict = False, None
-        self._token, self._wires = token, {}
+        self._token = token
+        self._wires: dict[int, Wire] = {}
+        self._rank_of: dict[Wire, int] = {}
         self.ranks: dict[int, Known] = {}
         self._heard: dict[int, float] = {}
         self._done: set[int] = set()
@@ -35,7 +39,7 @@ class Hub:
         self._pending: list[tuple[float, dict]] = []
         self._longest = 0.0
         self._stacks_until: float | None = None
-        self._looked = time.monotonic()
+        self._looked = self._pinged = time.monotonic()
         self._sampled: tuple[float, dict[int, Position]] | None = None
         self._slow: dict[int, int] = {}
 
@@ -58,11 +62,11 @@ class Hub:
             if not known or not hmac.compare_digest(str(message.get("token")), self._token):
                 wire.close()
                 return
-            self._wires[rank] = wire
+            self._wires[rank], self._rank_of[wire] = wire, rank
             self.ranks[rank] = Known(host=str(message.get("host")), since=now)
             self._heard[rank] = now
             return
-        rank = next((rank for rank, its in self._wires.items() if its is wire), None)
+        rank = self._rank_of.get(wire)
         if rank is None:
             return
         self._heard[rank] = now
@@ -84,7 +88,7 @@ class Hub:
 
     def lost(self, wire: Wire) -> None:
         """The connection to a watcher has ended."""
-        rank = next((rank for rank, its in self._wires.items() if its is wire), None)
+        rank = self._rank_of.get(wire)
         if rank is None or rank in self._done or rank in self._failed or self.verdict:
             return
         self._failed[rank] = {"cause": "is gone, and what watched over it: its host went down?", "sort": "gone"}
@@ -93,11 +97,15 @@ class Hub:
     def look(self) -> None:
         """What time alone brings to light; to be called every second or so."""
         now = time.monotonic()
-        if now - self._looked > 15:  # this process itself was stopped: nobody is to blame for that
+        if now - self._looked > SUSPENDED:  # nobody is to blame for that
             for known in self.ranks.values():
                 known.since += now - self._looked
             self._heard = dict.fromkeys(self._heard, now)
         self._looked = now
+        if now - self._pinged > KEEPALIVE:
+            self._pinged = now
+            for wire in self._wires.values():
+                wire.send("ping")
         if self.verdict:
             others = [wire for rank, wire in self._wires.items() if rank != 0]
             self.over = now > self.verdict[0] + LINGER or not any(wire.open for wire in others)

@@ -3,6 +3,7 @@
 import os
 import signal
 import struct
+import time
 from pathlib import Path
 
 from moe_dist.errors import EXIT_OK
@@ -11,6 +12,9 @@ from moe_dist.errors import EXIT_OK
 _INFO = struct.Struct("<QQ11Ii")
 _GET_INFO = 3 << 30 | _INFO.size << 16 | 0xFF << 8 | 11
 _INFO_EXIT = 1 << 3
+_PATIENCE = 0.3  # seconds that a process may take from its end to where the system knows of it
+# The innermost line of a thread that waits for other ranks.
+_WAITS = ("/torch/distributed/", "/moe_dist/parallel/collectives.py")
 _CRASHES = ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL")
 
 
@@ -25,9 +29,18 @@ def state_and_status(pid: int) -> tuple[str, int | None]:
 
 def exit_status(pid: int, pidfd: int | None) -> int | None:
     """The status of a process that has ended, whether its parent knows it yet or not; None where nobody can tell."""
-    state, status = state_and_status(pid)
-    if state == "Z":
-        return status
+    end = time.monotonic() + _PATIENCE
+    while True:
+        state, status = state_and_status(pid)
+        if state == "Z":
+            return status
+        status = _status_by(pidfd)
+        if status is not None or time.monotonic() > end:
+            return status
+        time.sleep(0.01)
+
+
+def _status_by(pidfd: int | None) -> int | None:
     if pidfd is None:
         return None
     import fcntl
@@ -71,7 +84,7 @@ def read_stack(text: str) -> tuple[bool | None, str]:
     if not threads:
         return None, ""
     # The main thread is the oldest, and the last of the dump.
-    return any("/torch/distributed/" in frames[0] for frames in threads), _short(threads[-1])
+    return any(place in frames[0] for frames in threads for place in _WAITS), _short(threads[-1])
 
 
 def _short(frames: list[str]) -> str:

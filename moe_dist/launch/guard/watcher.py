@@ -17,14 +17,14 @@ from pathlib import Path
 from moe_dist.errors import EXIT_TRANSIENT
 from moe_dist.launch.exit_file import leave_exit_code
 from moe_dist.launch.guard.beat import SIZE, read
-from moe_dist.launch.guard.hub import Hub
+from moe_dist.launch.guard.hub import KEEPALIVE, SILENCE, SUSPENDED, Hub
 from moe_dist.launch.guard.postmortem import cause_of, exit_status, read_stack, state_and_status
 from moe_dist.launch.guard.wire import Wire
 
 LOOK = 0.5  # seconds between two looks at the rank
-KEEPALIVE = 10.0  # seconds after which the hub hears of it though nothing has changed
 GRACE = 10.0  # what a rank gets to end by itself once another has failed
 ASKED = 2.0  # what it gets after it was asked to end at once
+DUMP = 2.0  # what faulthandler gets to write the stacks
 CONNECT = 60.0
 
 
@@ -40,11 +40,13 @@ class Watcher:
         self.hub: Hub | None = None
         self.to_hub: Wire | None = None
         self.position, self.told_at = read(self.memory), 0.0
+        self.heard_at = self.looked_at = time.monotonic()
         self.left = False  # the rank has said how it ended, and is none of our business any more
         self.end_at: float | None = None
         self.ended: dict | None = None
         self.asked_at: float | None = None
         self.trace = ""
+        self.pidfd: int | None = None
         self.dead_at: float | None = None
         self.over = False  # all ranks are done
 
@@ -65,15 +67,14 @@ class Watcher:
         self.selector.register(self.to_rank, selectors.EVENT_READ, self._from_rank)
         if hasattr(os, "pidfd_open"):
             try:
-                self.selector.register(os.pidfd_open(self.pid), selectors.EVENT_READ, self._died)
+                self.pidfd = os.pidfd_open(self.pid)
+                self.selector.register(self.pidfd, selectors.EVENT_READ, lambda _: self._died())
             except OSError:
-                self._died(None)
-        looked = 0.0
+                self._died()
         while not self._finished():
             for key, _ in self.selector.select(LOOK):
                 key.data(key.fileobj)
-            if time.monotonic() - looked >= LOOK / 2:
-                looked = time.monotonic()
+            if time.monotonic() - self.looked_at >= LOOK / 2:
                 self._look()
         self._keep_stacks()
 
@@ -117,12 +118,10 @@ class Watcher:
             self.selector.unregister(wire)
 
     def _from_hub(self, wire: Wire) -> None:
+        self.heard_at = time.monotonic()
         for message in wire.receive():
             if message["kind"] == "stacks":
-                before = os.fstat(self.stacks).st_size
-                self._dump()
-                time.sleep(0.3)
-                waiting, top = read_stack(self._stack_text(before))
+                waiting, top = read_stack(self._fresh_stack())
                 wire.send("stack", waiting=waiting, top=top)
             elif message["kind"] == "end":
                 self._end(message)
@@ -132,11 +131,14 @@ class Watcher:
                 self.left = self.over = True
         if not wire.open:
             self.selector.unregister(wire)
-            if self.ended is None and not self.left:
-                text = f"the host of rank 0 is gone, or its watcher: {self.settings['address']}"
-                if self.settings["local_rank"] == 0:
-                    _say(text)
-                self._end({"text": text, "code": EXIT_TRANSIENT, "grace": True})
+            self._hub_is_gone()
+
+    def _hub_is_gone(self) -> None:
+        if self.ended is None and not self.left:
+            text = f"the host of rank 0 ({self.settings['address'][0]}) is gone, or what watched over it"
+            if self.settings["local_rank"] == 0 or self.rank == 1:
+                _say(f"{text}: rank {self.rank} ends")
+            self._end({"text": text, "code": EXIT_TRANSIENT, "grace": True})
 
     def _end(self, message: dict) -> None:
         if self.ended is None:
@@ -146,8 +148,13 @@ class Watcher:
 
     def _look(self) -> None:
         now = time.monotonic()
+        if now - self.looked_at > SUSPENDED:
+            self.heard_at = now
+        self.looked_at = now
+        if now - self.heard_at > SILENCE and self.to_hub is not None:
+            self._hub_is_gone()
         if not self.dead and self._rank_is_gone():
-            self._died(None)
+            self._died()
         if self.hub is not None:
             self.hub.look()
         if not self.dead:
@@ -179,12 +186,12 @@ class Watcher:
     def _rank_is_gone(self) -> bool:
         return os.getppid() != self.pid
 
-    def _died(self, descriptor: int | None) -> None:
-        status = exit_status(self.pid, descriptor)
-        if descriptor is not None:
-            self.selector.unregister(descriptor)
+    def _died(self) -> None:
         if self.dead:
             return
+        status = exit_status(self.pid, self.pidfd)
+        if self.pidfd is not None:
+            self.selector.unregister(self.pidfd)
         self.dead_at = time.monotonic()
         if self.to_rank.open:  # what it has said just before it died
             self.to_rank.sock.settimeout(0.05)
@@ -210,6 +217,16 @@ class Watcher:
         """Have faulthandler write the stacks of all threads: a signal handler in C, whoever holds the GIL."""
         if not self.dead and not self.left:
             os.kill(self.pid, signal.SIGQUIT)
+
+    def _fresh_stack(self) -> str:
+        """A dump of now, once it is written; '' of a process that does not write one, being stopped."""
+        start, end = os.fstat(self.stacks).st_size, time.monotonic() + DUMP
+        self._dump()
+        before, text = None, ""
+        while time.monotonic() < end and not (text and text == before):
+            time.sleep(0.1)
+            before, text = text, self._stack_text(start)
+        return text
 
     def _stack_text(self, start: int = 0) -> str:
         try:
