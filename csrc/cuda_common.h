@@ -148,9 +148,11 @@ __device__ inline Pack<To, kCount> cast(const Pack<From, kCount>& pack) {
 // ---- How a matrix is laid over threads -----------------------------------------------------------------------------
 
 // blockDim.x threads take the packs of a row and blockDim.y rows share a block. A row of more than kBlock packs goes
-// to several blocks (gridDim.y), or, where one block has to see all of it, to one whose threads take several each.
+// to several blocks, next to each other so that it is in the same memory pages at the same time, or, where one block has
+// to see all of it, to one whose threads take several packs each.
 struct Layout {
-  dim3 grid, block;
+  unsigned grid;
+  dim3 block;
 };
 
 inline Layout layout_for(int64_t rows, int64_t packs, bool whole_rows = false) {
@@ -160,19 +162,20 @@ inline Layout layout_for(int64_t rows, int64_t packs, bool whole_rows = false) {
   while (along < kWarp && along < even) along *= 2;
   if (even > kWarp) along = static_cast<int>((even + kWarp - 1) / kWarp * kWarp);
   const int together = kBlock / along;
-  const int64_t blocks = std::min<int64_t>((rows + together - 1) / together, int64_t{1} << 30);
-  const int64_t sharing = whole_rows ? 1 : std::min<int64_t>(pieces, 65535);
-  return {dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(sharing)), dim3(along, together)};
+  const int64_t blocks = (rows + together - 1) / together, sharing = whole_rows ? 1 : (packs + along - 1) / along;
+  const int64_t most = std::max<int64_t>(1, (int64_t{1} << 30) / sharing);
+  return {static_cast<unsigned>(std::min(blocks, most) * sharing), dim3(along, together)};
 }
 
-// Calls visit(row, pack) for the packs of a layout that are this thread's.
+// Calls visit(row, pack) for this thread's pack of each of its rows, in a layout without whole rows.
 template <class Visit>
 __device__ inline void for_each_pack(int64_t rows, int64_t packs, const Visit& visit) {
-  const int64_t down = static_cast<int64_t>(gridDim.x) * blockDim.y, along = static_cast<int64_t>(gridDim.y) * blockDim.x;
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row < rows; row += down) {
-    for (int64_t pack = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x; pack < packs; pack += along) {
-      visit(row, pack);
-    }
+  const unsigned sharing = static_cast<unsigned>((packs + blockDim.x - 1) / blockDim.x);
+  const int64_t pack = static_cast<int64_t>(blockIdx.x % sharing) * blockDim.x + threadIdx.x;
+  const int64_t stride = static_cast<int64_t>(gridDim.x / sharing) * blockDim.y;
+  if (pack >= packs) return;
+  for (int64_t row = static_cast<int64_t>(blockIdx.x / sharing) * blockDim.y + threadIdx.y; row < rows; row += stride) {
+    visit(row, pack);
   }
 }
 

@@ -126,9 +126,8 @@ inline void launch(dim3 grid, dim3 threads, size_t shared_bytes, std::function<v
   body = std::move(kernel);
   gridDim = grid;
   blockDim = threads;
-  for (unsigned b = 0; b < grid.x * grid.y; ++b) {
-    const unsigned place = reverse ? grid.x * grid.y - 1 - b : b;
-    blockIdx = dim3(place % grid.x, place / grid.x);
+  for (unsigned b = 0; b < grid.x; ++b) {
+    blockIdx = dim3(reverse ? grid.x - 1 - b : b);
     shared.assign(shared_bytes / sizeof(int64_t) + 1, -1);  // not zero: a kernel has to clear what it counts in
     run_block();
   }
