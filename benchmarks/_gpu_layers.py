@@ -24,14 +24,18 @@ def measure(tensors: Tensors, clock: Clock, seconds: float) -> Iterator[dict | s
     seconds: for one pair of contenders; what others take beside ours is not more than a few times that.
     """
     case = str(tensors.case)
-    ours, gate_up, down = _gpu_peers.our_layer(tensors.case, clock.device)
-    step = _step(ours, tensors, gate_up, down)
+    layer, gate_up, down = _gpu_peers.our_layer(tensors.case, clock.device)
+    step = _step(_gpu_peers.ours(layer, "auto"), tensors, gate_up, down)
     want = step()
     bare = _gpu_peers.bare_products(tensors, gate_up, down)
     mine, products = clock.medians([step, bare], seconds=seconds)
     yield row(f"{case} experts, forward+backward", mine, products, "its bare grouped products")
     del bare
-    for name, build in _builders(tensors):
+    ours = [
+        (f"ours, back end {name}", partial(_gpu_peers.ours, layer, name))
+        for name in _gpu_peers.backends(tensors, gate_up, down)
+    ]
+    for name, build in (*_builders(tensors), *ours):
         try:
             peer = _step(build(), tensors, gate_up, down)
             got = peer()

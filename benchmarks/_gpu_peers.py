@@ -15,12 +15,13 @@ from benchmarks._gpu_cases import Case, Tensors
 from moe_dist.moe.experts import ExpertSpec
 from moe_dist.moe.layer import MoEExperts
 from moe_dist.moe.placement import contiguous
+from moe_dist.ops.grouped_mlp import Span, serving, swiglu
 from moe_dist.parallel.grid import Grid
 
 Experts = Callable[..., torch.Tensor]
 
 
-def our_layer(case: Case, device: torch.device) -> tuple[Experts, torch.Tensor, torch.Tensor]:
+def our_layer(case: Case, device: torch.device) -> tuple[MoEExperts, torch.Tensor, torch.Tensor]:
     """Our layer as it stands in a model, and its weights, which the others share."""
     spec, placement = ExpertSpec(case.experts, case.hidden, case.width), contiguous(case.experts, ranks=1)
     layer = MoEExperts(spec, placement, Grid.single(device), dtype=torch.bfloat16, device=device)
@@ -31,10 +32,22 @@ def our_layer(case: Case, device: torch.device) -> tuple[Experts, torch.Tensor, 
             for expert in parameter:  # one by one: a draw is fp32
                 expert.normal_(0.0, parameter.shape[2] ** -0.5, generator=generator)
 
+    return layer, weights["gate_up_proj"], weights["down_proj"]
+
+
+def ours(layer: MoEExperts, backend: str) -> Experts:
+    """Our layer with one of its back ends, or "auto"."""
+
     def run(x_TH, ids_TK, probs_TK, gate_up, down):
+        layer.backend = backend
         return layer(x_TH, ids_TK, probs_TK)
 
-    return run, weights["gate_up_proj"], weights["down_proj"]
+    return run
+
+
+def backends(t: Tensors, gate_up: torch.Tensor, down: torch.Tensor) -> list[str]:
+    """Those of ours that compute such a layer."""
+    return serving(t.x_TH, Span(gate_up, down, None, None, t.plan.counts_E.tolist()), swiglu)
 
 
 def transformers_experts(case: Case, implementation: str) -> Experts:

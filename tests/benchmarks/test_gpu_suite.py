@@ -40,6 +40,7 @@ def test_every_part_runs(suite, tmp_path):
         assert peers.count(name) == 1, results["notes"]
     for name in ("eager", "grouped_mm", "batched_mm"):
         assert f"transformers {name}" in peers, results["notes"]
+    assert "ours, back end loop" in peers
     assert json.loads((tmp_path / "rows.json").read_text()) == results["rows"]
     table = (tmp_path / "gpu_suite.md").read_text()
     assert "CPU mode" in table
