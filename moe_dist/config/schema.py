@@ -162,6 +162,14 @@ class MoeSection:
         choices=("auto", "alltoall", "dedup", "node"),
         free=True,
     )
+    experts_backend: str = key(
+        "auto",
+        "What computes the experts: one after the other (loop), one grouped kernel (grouped), threads over experts in "
+        "C++ (native), one product padded to the fullest (batched; where that costs little); measured takes the "
+        "fastest of them, timed before the first step; auto knows a rule.",
+        choices=("auto", "loop", "grouped", "native", "batched", "measured"),
+        free=True,
+    )
     wire: str = key(
         "model",
         "Sums of a token's experts travel home in the model's dtype, or unrounded in float32.",

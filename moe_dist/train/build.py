@@ -104,6 +104,8 @@ def build_model(config: RunConfig, plan: ModelPlan, grid: Grid) -> nn.Module:
         layer.capacity_factor = config.moe.capacity_factor
         layer.dispatcher, layer.chunks = config.moe.dispatcher, config.moe.chunks
         layer.wide_sums = config.moe.wire == "float32"
+        if config.moe.experts_backend != "measured":  # which the training loop does
+            layer.backend = config.moe.experts_backend
     if config.train.recompute:
         enable_recompute(model)
     if _overlaps(config, grid):

@@ -17,6 +17,7 @@ from moe_dist.errors import EXIT_OK, EXIT_PREEMPTED, PolicyStop, UserError
 from moe_dist.parallel.collectives import waited
 from moe_dist.train import run_folder, state
 from moe_dist.train.agree import agree, any_asked, global_mean
+from moe_dist.train.backends import check_backend, choose_backends
 from moe_dist.train.best import Best
 from moe_dist.train.build import build_model, load_tokenizer, plan_model
 from moe_dist.train.engine import build_engine
@@ -59,6 +60,7 @@ def _train(config: RunConfig, ranks: Together, *, resume: str, overwrite: bool, 
     # Whatever can be wrong with the input is found before anything is written, the cheap things first.
     root = on_rank_zero(lambda: run_folder.check(config, resume=resume, overwrite=overwrite, may_differ=may_differ))
     plan = plan_model(config, grid)
+    check_backend(config, plan.skeleton)
     ranks.check_room(config, plan)
     guard.beat("building data")
     data = build_data(config.data, load_tokenizer(config, plan), seed=config.run.seed)
@@ -103,11 +105,12 @@ def _train(config: RunConfig, ranks: Together, *, resume: str, overwrite: bool, 
     on_rank_zero(lambda: run_folder.write(config, overwrite=overwrite, world=grid.world))
     if grid.rank == 0:
         run_folder.cut_metrics(folder / run_folder.METRICS, step, ended=step >= last)
+    backends = choose_backends(config, model)
     best.restore(best_before, folder / run_folder.CHECKPOINTS)
     log = MetricLog(config, active=grid.rank == 0, start_step=step, file=folder / run_folder.METRICS)
     table = {"zero_stage": parallel.zero_stage, "precision": settings.precision}
     log.say(render(plan.skeleton, plan.selection, grid, **table))
-    for line in routing.announce():
+    for line in [*routing.announce(), *filter(None, [backends])]:
         log.say(line)
     log.say(f"resuming {config.run.name} from {found}" if found else f"starting {config.run.name} in {folder}")
     log.write("data", step, **data.summary)

@@ -2,6 +2,7 @@
 
     config.resolved.yaml   the configuration, secrets redacted
     env.json               versions, host, ranks
+    experts_backend.json   with moe.experts_backend=measured: what was measured and chosen
     metrics.jsonl          one line an event, always
     checkpoints/           step-N/ and latest
     launch/                what launchers keep there, already before the first start: scripts, logs, requests to stop
@@ -31,7 +32,7 @@ from moe_dist.launch.chain import FOLDER as LAUNCH
 from moe_dist.launch.chain import STOP
 
 CONFIG, METRICS, CHECKPOINTS = "config.resolved.yaml", "metrics.jsonl", "checkpoints"
-ENVIRONMENT = "env.json"
+ENVIRONMENT, EXPERTS_BACKEND = "env.json", "experts_backend.json"
 LOGS = "logs"
 EARLY = (LAUNCH, LOGS)  # what may be there before a run is
 STOP_FILE = f"{LAUNCH}/{STOP}"  # exists while somebody asks the run to save and end
@@ -70,7 +71,7 @@ def write(config: RunConfig, *, overwrite: bool, world: int) -> None:
     if overwrite and (folder / CONFIG).exists():
         for name in (CHECKPOINTS, "export", "plots", LOGS):
             shutil.rmtree(folder / name, ignore_errors=True)
-        for name in (CONFIG, METRICS, ENVIRONMENT):
+        for name in (CONFIG, METRICS, ENVIRONMENT, EXPERTS_BACKEND):
             (folder / name).unlink(missing_ok=True)
     new = not (folder / CONFIG).exists()
     try:
