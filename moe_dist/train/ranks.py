@@ -32,6 +32,8 @@ from moe_dist.train.dry_run import memory_parts
 from moe_dist.train.start import choose_device, form_group, meet, world_size
 from moe_dist.train.stop import StopFlag
 
+PLANNED = 1800.0  # seconds in which all ranks have planned the model: its code comes from a shared disk, say
+
 
 @dataclass
 class Together:
@@ -60,7 +62,8 @@ class Together:
             return judge_room(self.facts, needs, speed=self.speed, environ=os.environ)
 
         if self.store is not None and config.launch.preflight:
-            agree(self.store, "room", rank=self.grid.rank, world=self.grid.world, own={}, judge=judge)
+            where = {"rank": self.grid.rank, "world": self.grid.world}
+            agree(self.store, "room", **where, own={}, judge=judge, patience=PLANNED)
         return needs
 
 
@@ -96,10 +99,13 @@ def ranks_together(config: RunConfig) -> Iterator[Together]:
                 versions={"python": platform.python_version(), **run_folder.versions()},
                 config=to_dict(config),
             )
+        guard.beat("forming groups")
         form_group(device, store=store)
         grid = build_grid(expert=config.parallel.expert, node_size=config.parallel.node_size, device=device)
         if world > 1 and launch.preflight:
+            guard.beat("the preflight")
             check_collectives(store, grid, facts)
+        guard.beat("planning the model")
         yield Together(grid, stop, guard, store, facts, speed)
 
 

@@ -60,6 +60,7 @@ def test_limits_follow_the_pace_and_the_phase():
     assert limit("forward", hang_timeout=None, longest=100.0) == 2000
     assert limit("saving", hang_timeout=None, longest=1.0) == 7200
     assert limit("the preflight", hang_timeout=None, longest=1.0) == 60
+    assert limit("forming groups", hang_timeout=None, longest=1.0) == 180
     assert limit("saving", hang_timeout=5.0, longest=1.0) == 5
 
 

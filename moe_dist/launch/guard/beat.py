@@ -8,6 +8,8 @@ from dataclasses import dataclass
 PHASES = (
     "the start",
     "the preflight",
+    "forming groups",
+    "planning the model",
     "building data",
     "loading the model",
     "resuming",
@@ -20,7 +22,9 @@ PHASES = (
     "evaluation",
     "the end",
 )
-LONG = frozenset({"the start", "building data", "loading the model", "resuming", "saving", "the end"})
+LONG = frozenset(
+    {"the start", "planning the model", "building data", "loading the model", "resuming", "saving", "the end"}
+)
 _LAYOUT = struct.Struct("<QqqBd")
 SIZE = mmap.PAGESIZE
 

@@ -7,7 +7,7 @@ from moe_dist.launch.guard.beat import LONG, Position
 
 LONG_WAIT = 7200.0  # seconds without progress in a phase that may be long
 STEP_WAIT = 600.0  # in any other, or SLOWEST times the longest stay in one so far
-PREFLIGHT_WAIT = 60.0
+PREFLIGHT_WAIT, GROUPS_WAIT = 60.0, 180.0  # many ranks take their time to connect with each other
 SLOWEST = 20
 SLOW = 2.0  # a rank that works so many times as long as the others' median is a straggler
 
@@ -34,6 +34,8 @@ def limit(phase: str, *, hang_timeout: float | None, longest: float) -> float:
         return hang_timeout or float("inf")
     if phase == "the preflight":
         return PREFLIGHT_WAIT
+    if phase == "forming groups":
+        return GROUPS_WAIT
     return LONG_WAIT if phase in LONG else max(STEP_WAIT, SLOWEST * longest)
 
 

@@ -58,18 +58,22 @@ def check_collectives(store: dist.Store, grid: Grid, facts: list[dict]) -> None:
     agree(store, "results", rank=grid.rank, world=grid.world, own=own, judge=lambda said: judge_results(said, hosts))
 
 
-def agree(store: dist.Store, name: str, *, rank: int, world: int, own: dict, judge=None) -> list[dict]:
+def agree(
+    store: dist.Store, name: str, *, rank: int, world: int, own: dict, judge=None, patience: float = FACTS
+) -> list[dict]:
     """Rank 0 gets what all ranks have to say and judges it; what it finds is raised on all. [] on other ranks.
 
-    judge: on rank 0, the list of what each rank says -> findings.
+    judge: on rank 0, the list of what each rank says -> findings. patience: seconds in which all have to speak.
     """
     if rank:
         store.set(f"{name}-{rank}", json.dumps(own))
-        findings = [Finding(**entry) for entry in _get(store, f"{name}-verdict", "rank 0 has not judged", more=FACTS)]
+        findings = [
+            Finding(**entry) for entry in _get(store, f"{name}-verdict", "rank 0 has not judged", more=patience)
+        ]
         store.set(f"{name}-heard-{rank}", "1")
         _raise(findings)
         return []
-    said, missing, end = {0: own}, list(range(1, world)), time.monotonic() + FACTS
+    said, missing, end = {0: own}, list(range(1, world)), time.monotonic() + patience
     while missing and time.monotonic() < end:
         for other in list(missing):
             if store.check([f"{name}-{other}"]):
@@ -77,7 +81,8 @@ def agree(store: dist.Store, name: str, *, rank: int, world: int, own: dict, jud
                 said[other] = {**json.loads(store.get(f"{name}-{other}")), "heard": time.time()}
         time.sleep(0.005)
     findings = [
-        Finding("failed", f"rank {other} has not answered within {FACTS:.0f} s: look at its host") for other in missing
+        Finding("failed", f"rank {other} has not answered within {patience:.0f} s: look at its host")
+        for other in missing
     ]
     said = [said[other] for other in sorted(said)]
     findings = findings or judge(said)
