@@ -182,9 +182,10 @@ def write(file: Path, results: dict) -> None:
         "\n`ratio` is peer / ours in time: above 1 is better for us; beside a copy it is the share of its speed.\n"
         "Medians, in brackets the first and the third quartile; on a GPU with other data in the L2 cache before each.\n"
     )
-    lines += [f"- {line}" for line in results.get("goals", [])] + [""]
-    lines += [HEAD + "\n".join(shown(row) for row in results["rows"])]
-    lines += [f"\n- {note}" for note in results["notes"]]
+    if results["mode"] == "gpu" and "goals" in results:
+        lines += [*(f"- {line}" for line in results["goals"]), ""]
+    lines += [HEAD + "\n".join(shown(row) for row in results["rows"]), ""]
+    lines += [f"- {note}" for note in results["notes"]]
     file.parent.mkdir(parents=True, exist_ok=True)
     replace(file, json.dumps(results, indent=1) + "\n")
     replace(file.with_suffix(".md"), "\n".join(lines) + "\n")
