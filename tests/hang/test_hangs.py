@@ -27,7 +27,9 @@ SECONDS = 240  # a few are enough where the cores are free
 LAYOUTS = [
     (ranks, stage, precision) for ranks in (2, 4) for stage, precision in ((1, "bf16"), (2, "fp32"), (3, "bf16"))
 ]
-NAMES = [f"ep{ranks}-zero{stage}-{precision}" for ranks, stage, precision in LAYOUTS]
+# How tokens travel in each: half of the ranks are a node.
+WAYS = dict(zip(LAYOUTS, ("alltoall", "dedup", "node", "dedup", "node", "alltoall"), strict=True))
+NAMES = [f"ep{ranks}-zero{stage}-{precision}-{way}" for (ranks, stage, precision), way in WAYS.items()]
 FIRST_RANK_ONLY = {"include": ["*.experts.*"], "experts": {"1": [0]}}
 SHUNNED = range(4, 8)  # the second half of the experts
 
@@ -41,7 +43,12 @@ def files(tmp_path_factory):
 
 def run_settings(files, run, layout, steps, **sections) -> dict:
     ranks, stage, precision = layout
-    sections["moe"] = {"expert_bias_rate": 1e-3, "balance_loss": "layer_global", **sections.get("moe", {})}
+    sections["moe"] = {
+        "expert_bias_rate": 1e-3,
+        "balance_loss": "layer_global",
+        "dispatcher": WAYS[layout],
+        **sections.get("moe", {}),
+    }
     sections["train"] = {
         "steps": len(steps),
         "global_batch_size": 2 * ranks,
@@ -52,7 +59,7 @@ def run_settings(files, run, layout, steps, **sections) -> dict:
         files,
         run,
         "deepseek_v3",
-        parallel={"expert": ranks, "zero_stage": stage, "reduce_bucket_size": 4000},
+        parallel={"expert": ranks, "zero_stage": stage, "reduce_bucket_size": 4000, "node_size": ranks // 2},
         checkpoint={"every": 1, "keep": 20},
         **sections,
     )

@@ -30,18 +30,19 @@ class Cell:
     stage: int
     precision: str
     balance: str
+    way: str = "auto"  # of the tokens to their experts; "node": every rank is taken for a node of its own
 
     def __str__(self) -> str:
-        return f"{self.family}-ranks{self.world}-ep{self.expert}-zero{self.stage}-{self.precision}-{self.balance}"
+        return f"{self.family}-ranks{self.world}-ep{self.expert}-zero{self.stage}-{self.precision}-{self.balance}-{self.way}"
 
 
 # Every stage in both precisions, under expert parallelism and without.
 CELLS = (
     Cell("qwen3_moe", 2, 1, 0, "bf16", "layer_global"),
-    Cell("deepseek_v3", 2, 2, 0, "fp32", "none"),
+    Cell("deepseek_v3", 2, 2, 0, "fp32", "none", "alltoall"),
     Cell("deepseek_v3", 2, 2, 1, "bf16", "layer_global"),
     Cell("qwen3_moe", 2, 1, 1, "fp32", "hf"),
-    Cell("deepseek_v3", 2, 2, 2, "fp32", "layer_global"),
+    Cell("deepseek_v3", 2, 2, 2, "fp32", "layer_global", "node"),
     Cell("qwen3_moe", 2, 1, 2, "bf16", "layer_sequence"),
     Cell("deepseek_v3", 2, 2, 3, "bf16", "layer_global"),
     Cell("deepseek_v3", 2, 1, 3, "fp32", "layer_micro"),
@@ -61,8 +62,9 @@ def cell_settings(cell: Cell, files: Path, run: Path, **train_section) -> dict:
         run,
         cell.family,
         data={"eval": {"held": {"path": str(files / "text.jsonl"), "limit": 8}}},
-        parallel={"expert": cell.expert, "zero_stage": cell.stage},
+        parallel={"expert": cell.expert, "zero_stage": cell.stage, "node_size": 1 if cell.way == "node" else None},
         moe={
+            "dispatcher": cell.way,
             "balance_loss": cell.balance,
             "z_loss_coef": 1e-3 if cell.balance == "layer_global" else 0.0,
             "expert_bias_rate": 1e-2 if cell.family == "deepseek_v3" else 0.0,
