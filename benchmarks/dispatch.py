@@ -18,13 +18,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from moe_dist.models.beside import compute_shared_experts_beside
 from torch import nn
 from torch.nn import functional as F
 
 from benchmarks._harness import Median, Missed, row, run
 from benchmarks._ranks import on_ranks
 from benchmarks._workloads import WORKLOADS, Layout, workload
+from moe_dist.models.beside import compute_shared_experts_beside
 from moe_dist.moe.experts import ExpertSpec
 from moe_dist.moe.layer import MoEExperts
 from moe_dist.moe.placement import contiguous

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from moe_dist.parallel.traffic import count_traffic
 
 from benchmarks import wire, wire_model
 from benchmarks._harness import Missed
@@ -12,6 +11,7 @@ from benchmarks._wire_runs import EXPERTS, Way, bytes_sent, layer_on, layout, st
 from benchmarks._workloads import workload
 from moe_dist.moe.traffic_model import Group, counted_flows
 from moe_dist.parallel.grid import build_grid
+from moe_dist.parallel.traffic import count_traffic
 
 
 def counted_and_modelled(way: Way, node_size: int, name: str) -> tuple[list[float], list[float], int]:

@@ -33,7 +33,8 @@ class Cell:
     way: str = "auto"  # of the tokens to their experts; "node": every rank is taken for a node of its own
 
     def __str__(self) -> str:
-        return f"{self.family}-ranks{self.world}-ep{self.expert}-zero{self.stage}-{self.precision}-{self.balance}-{self.way}"
+        layout = f"ranks{self.world}-ep{self.expert}-zero{self.stage}"
+        return f"{self.family}-{layout}-{self.precision}-{self.balance}-{self.way}"
 
 
 # Every stage in both precisions, under expert parallelism and without.
