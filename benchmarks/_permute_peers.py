@@ -111,6 +111,38 @@ def compositions(problem: Problem) -> dict[str, dict[str, Callable[[], object]]]
     }
 
 
+def cast_compositions(
+    problem: Problem, narrow_NH: torch.Tensor, wide_TH: torch.Tensor
+) -> dict[str, dict[str, Callable[[], object]]]:
+    """fp32 tokens to bf16 rows `narrow_NH`, and these summed into fp32 `wide_TH`: pass -> name -> function."""
+    p = problem
+    (tokens, k), hidden = p.ids_TK.shape, p.x_TH.shape[1]
+    token_of_row_N = p.plan.slot_of_row_N.long() // k
+    row_of_slot_N = p.plan.row_of_slot_TK.reshape(-1).long()
+    narrow_TH, by_slot_NH, by_row_NH = p.x_TH.bfloat16(), torch.empty_like(narrow_NH), torch.empty_like(p.rows_NH)
+
+    def cast_then_permute():
+        narrow_TH.copy_(p.x_TH)
+        torch.index_select(narrow_TH, 0, token_of_row_N, out=narrow_NH)
+
+    def permute_then_cast():
+        torch.index_select(p.x_TH, 0, token_of_row_N, out=by_row_NH)
+        narrow_NH.copy_(by_row_NH)
+
+    def sum_in_fp32():
+        torch.index_select(narrow_NH, 0, row_of_slot_N, out=by_slot_NH)
+        torch.sum(by_slot_NH.view(tokens, k, hidden), 1, dtype=torch.float32, out=wide_TH)
+
+    def cast_then_add():
+        by_row_NH.copy_(narrow_NH)
+        wide_TH.zero_().index_add_(0, token_of_row_N, by_row_NH)
+
+    return {
+        "permute": {"cast, index_select": cast_then_permute, "index_select, cast": permute_then_cast},
+        "unpermute": {"index_select, sum in fp32": sum_in_fp32, "cast, index_add": cast_then_add},
+    }
+
+
 def megatron_core_unfused(problem: Problem, num_experts: int) -> Callable[[], tuple[torch.Tensor, ...]]:
     """Forward and backward from a routing mask `[T, E]` and dense probabilities, as its router hands them over."""
     p = problem

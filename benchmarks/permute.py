@@ -4,7 +4,8 @@
 
 "best torch" is, for each of the four passes, the fastest of several compositions of torch operations, the backward
 written by hand; both sides write into the same preallocated outputs. The recipes are whole steps with autograd, from
-the routing to the gradients, and so is ours beside them. "threaded copy" is the time in which `copy_` moves the bytes
+the routing to the gradients, and so is ours beside them. "with a cast": fp32 tokens to bf16 rows, and the rows summed
+without probabilities into fp32 tokens. "threaded copy" is the time in which `copy_` moves the bytes
 that the four passes must move.
 """
 
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from benchmarks._harness import interleaved, row, run
-from benchmarks._permute_peers import Problem, compositions, megatron_core_unfused, torchtitan
+from benchmarks._permute_peers import Problem, cast_compositions, compositions, megatron_core_unfused, torchtitan
 from moe_dist.ops import native, passes, permute, row_plan, unpermute
 
 # tokens, experts, chosen a token, hidden
@@ -44,6 +45,7 @@ def measure_large(shape: tuple[int, ...], name: str, dtype: torch.dtype, rounds:
     problem, case = draw(shape, dtype), f"{label(shape)} {name}"
     if dtype == torch.float32:  # ids have no dtype to choose
         yield measure_row_map(problem, label(shape), 4 * rounds)
+        yield from measure_casts(problem, label(shape), rounds)
     yield from measure_passes(problem, case, rounds, each=True)
     yield from measure_recipes(problem, case, rounds)
 
@@ -58,6 +60,24 @@ def measure_row_map(problem: Problem, case: str, rounds: int) -> dict:
         rounds=rounds,
     )
     return row(f"{case} row map", ours, peer, "torch argsort, stable")
+
+
+def measure_casts(problem: Problem, case: str, rounds: int) -> Iterator[dict]:
+    p, narrow_NH, wide_TH = problem, torch.zeros_like(problem.rows_NH, dtype=torch.bfloat16), problem.out["y"]
+    ours = {
+        "permute": lambda: passes.permute(p.x_TH, p.plan, out=narrow_NH),
+        "unpermute": lambda: passes.unpermute(narrow_NH, p.plan, out=wide_TH),
+    }
+    for which, peers in cast_compositions(problem, narrow_NH, wide_TH).items():
+        result = {"permute": narrow_NH, "unpermute": wide_TH}[which]
+        ours[which]()
+        want = result.clone()
+        for name, peer in peers.items():
+            peer()
+            check(result, want, name, problem)
+        mine, *times = interleaved([ours[which], *peers.values()], rounds=rounds)
+        best, name = min(zip(times, peers, strict=True))
+        yield row(f"{case} {which} with a cast", mine, best, f"best torch: {name}")
 
 
 def measure_passes(problem: Problem, case: str, rounds: int, *, each: bool) -> Iterator[dict]:

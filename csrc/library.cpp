@@ -1,8 +1,9 @@
 // The op table: schemas, checks, and the way from tensors to raw memory. Built against torch's stable ABI, so that
 // one library serves every torch from 2.11 on.
 //
-// Every op writes into outputs that the caller allocated (moe_dist/ops/native.py). A failed check here is a bug of
-// that file, not of a user's.
+// Every op writes into outputs that the caller allocated (moe_dist/ops/kernels.py), but for the row map, whose four small
+// ones would take the caller longer than the sort of a small batch. A failed check here is a bug of that file, not of a
+// user's.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -80,21 +81,27 @@ Ids ids_of(const Tensor& ids) {
   return {ids.data_ptr(), type == ScalarType::Long, ids.numel()};
 }
 
-RowMap row_map_of(const Tensor& counts, const Tensor& row_of_slot, const Tensor& slot_of_row, const Tensor& status) {
-  STD_TORCH_CHECK(
-      counts.scalar_type() == ScalarType::Long && status.scalar_type() == ScalarType::Long && status.numel() == 3 &&
-          row_of_slot.scalar_type() == ScalarType::Int && slot_of_row.scalar_type() == ScalarType::Int &&
-          slot_of_row.numel() >= row_of_slot.numel() && row_of_slot.is_contiguous(),
-      "outputs of the row map");
-  return {
-      static_cast<int64_t*>(counts.data_ptr()), static_cast<int32_t*>(row_of_slot.data_ptr()),
-      static_cast<int32_t*>(slot_of_row.data_ptr()), static_cast<int64_t*>(status.data_ptr())};
-}
+// What the row map returns, on the device of the ids; see RowMap.
+struct RowMapTensors {
+  RowMapTensors(const Tensor& ids, int64_t num_experts, int64_t align)
+      : counts(torch::stable::new_empty(ids, {num_experts}, ScalarType::Long)),
+        row_of_slot(torch::stable::new_empty(ids, ids.sizes(), ScalarType::Int)),
+        slot_of_row(torch::stable::new_empty(ids, {room(ids.numel(), num_experts, align)}, ScalarType::Int)),
+        status(torch::stable::new_empty(ids, {3}, ScalarType::Long)) {}
+  static int64_t room(int64_t slots, int64_t num_experts, int64_t align) {
+    return slots + std::min(num_experts, slots) * (align - 1);
+  }
+  RowMap memory() const {
+    return {
+        static_cast<int64_t*>(counts.data_ptr()), static_cast<int32_t*>(row_of_slot.data_ptr()),
+        static_cast<int32_t*>(slot_of_row.data_ptr()), static_cast<int64_t*>(status.data_ptr())};
+  }
+  std::tuple<Tensor, Tensor, Tensor, Tensor> all() const {
+    return {counts, row_of_slot, slot_of_row, status};
+  }
 
-void check_room(const Tensor& ids, int64_t num_experts, int64_t align, const Tensor& slot_of_row) {
-  STD_TORCH_CHECK(
-      slot_of_row.numel() >= ids.numel() + std::min(num_experts, ids.numel()) * (align - 1), "room for the pad rows");
-}
+  Tensor counts, row_of_slot, slot_of_row, status;
+};
 
 void check_widths(const Tensor& a, const Tensor& b) {
   STD_TORCH_CHECK(a.size(1) == b.size(1), "input and output differ in width");
@@ -111,11 +118,10 @@ void check_swiglu(const Tensor& z, const Tensor& a) {
 
 namespace on_cpu {
 
-void row_map(
-    Tensor ids, int64_t num_experts, int64_t align, int64_t, Tensor counts, Tensor row_of_slot, Tensor slot_of_row,
-    Tensor status) {
-  check_room(ids, num_experts, align, slot_of_row);
-  moe_dist::cpu::row_map(ids_of(ids), num_experts, align, row_map_of(counts, row_of_slot, slot_of_row, status));
+std::tuple<Tensor, Tensor, Tensor, Tensor> row_map(Tensor ids, int64_t num_experts, int64_t align, int64_t) {
+  const RowMapTensors out(ids, num_experts, align);
+  moe_dist::cpu::row_map(ids_of(ids), num_experts, align, out.memory());
+  return out.all();
 }
 
 void permute(Tensor x, Tensor row_of_slot, std::optional<Tensor> slot_of_row, Tensor rows) {
@@ -206,17 +212,17 @@ void check(const char* error) {
   STD_TORCH_CHECK(!error, "CUDA launch failed: ", error);
 }
 
-void row_map(
-    Tensor ids, int64_t num_experts, int64_t align, int64_t expected_rows, Tensor counts, Tensor row_of_slot,
-    Tensor slot_of_row, Tensor status) {
-  check_room(ids, num_experts, align, slot_of_row);
+std::tuple<Tensor, Tensor, Tensor, Tensor> row_map(
+    Tensor ids, int64_t num_experts, int64_t align, int64_t expected_rows) {
   STD_TORCH_CHECK(num_experts <= moe_dist::cuda::kMaxExperts, "too many experts for the CUDA row map");
   const Launch launch(ids);
-  const int64_t scratch_size = moe_dist::cuda::row_map_scratch(ids.numel(), num_experts);
-  Tensor scratch = torch::stable::new_empty(slot_of_row, {scratch_size});
+  const RowMapTensors out(ids, num_experts, align);
+  Tensor scratch =
+      torch::stable::new_empty(ids, {moe_dist::cuda::row_map_scratch(ids.numel(), num_experts)}, ScalarType::Int);
   check(moe_dist::cuda::row_map(
-      ids_of(ids), num_experts, align, expected_rows, row_map_of(counts, row_of_slot, slot_of_row, status),
-      static_cast<int32_t*>(scratch.data_ptr()), launch.stream));
+      ids_of(ids), num_experts, align, expected_rows, out.memory(), static_cast<int32_t*>(scratch.data_ptr()),
+      launch.stream));
+  return out.all();
 }
 
 void permute(Tensor x, Tensor row_of_slot, std::optional<Tensor> slot_of_row, Tensor rows) {
@@ -290,8 +296,8 @@ STABLE_TORCH_LIBRARY(moe_dist, library) {
   library.def("recycled(int bytes) -> Tensor");
   library.def("recycled_bytes() -> (int, int, int)");
   library.def(
-      "row_map(Tensor ids, int num_experts, int align, int expected_rows, Tensor(a!) counts, Tensor(b!) row_of_slot, "
-      "Tensor(c!) slot_of_row, Tensor(d!) status) -> ()");
+      "row_map(Tensor ids, int num_experts, int align, int expected_rows) -> "
+      "(Tensor counts, Tensor row_of_slot, Tensor slot_of_row, Tensor status)");
   library.def("permute(Tensor x, Tensor row_of_slot, Tensor? slot_of_row, Tensor(a!) rows) -> ()");
   library.def("unpermute(Tensor rows, Tensor row_of_slot, Tensor? probs, Tensor(a!) y) -> ()");
   library.def(

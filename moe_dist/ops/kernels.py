@@ -9,17 +9,11 @@ from moe_dist.ops import memory
 
 
 def row_map(ids_TK, num_experts, num_rows=None, align=1):
-    device, num_slots = ids_TK.device, ids_TK.numel()
-    room = num_slots + min(num_experts, num_slots) * (align - 1)
-    counts_E = torch.empty(num_experts, dtype=torch.int64, device=device)
-    row_of_slot_TK = torch.empty(ids_TK.shape, dtype=torch.int32, device=device)
-    slot_of_row = torch.empty(room, dtype=torch.int32, device=device)
-    status_3 = torch.empty(3, dtype=torch.int64, device=device)
     expected = -1 if num_rows is None else num_rows
-    torch.ops.moe_dist.row_map(
-        ids_TK.contiguous(), num_experts, align, expected, counts_E, row_of_slot_TK, slot_of_row, status_3
+    counts_E, row_of_slot_TK, slot_of_row, status_3 = torch.ops.moe_dist.row_map(
+        ids_TK.contiguous(), num_experts, align, expected
     )
-    if num_rows is None or device.type == "cpu":
+    if num_rows is None or not ids_TK.is_cuda:
         kept, wrong_id, padded = status_3.tolist()
         if wrong_id >= 0:
             raise ValueError(f"expert id {wrong_id} in a layer of {num_experts} experts")
@@ -29,7 +23,7 @@ def row_map(ids_TK, num_experts, num_rows=None, align=1):
     elif align > 1:  # a bound: what lies beyond the last expert's rows are pad rows too
         num_rows += min(num_experts, num_rows) * (align - 1)
         num_rows -= num_rows % align
-    return counts_E, row_of_slot_TK, slot_of_row[:num_rows]
+    return counts_E, row_of_slot_TK, slot_of_row if num_rows == len(slot_of_row) else slot_of_row[:num_rows]
 
 
 def permute(x_TH, plan, *, dtype=None, out=None):

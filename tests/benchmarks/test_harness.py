@@ -57,3 +57,8 @@ def test_every_peer_of_permute_computes_what_we_compute(dtype):
         "step with autograd",
     ]
     assert all(row["ratio"] > 0 for row in rows)
+
+
+def test_every_peer_with_a_cast_computes_what_we_compute():
+    rows = permute.measure_casts(permute.draw((64, 8, 2, 48), torch.float32), "small", 1)
+    assert [row["case"] for row in rows] == ["small permute with a cast", "small unpermute with a cast"]

@@ -57,16 +57,18 @@ def test_threads_change_no_bit(dtype, rows_dtype):
 
 
 @needs_native
+@pytest.mark.parametrize("align", [1, 16])
+@pytest.mark.parametrize("experts", [24, 300])  # few enough to fetch the next line of each, and too many for that
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
-def test_a_large_row_map_is_cut_into_chunks(threads):
+def test_a_large_row_map_is_cut_into_chunks(threads, experts, align):
     before = torch.get_num_threads()
-    ids_TK = draw_ids(40_000, 4, 24, "dropped")  # up to four chunks
+    ids_TK = torch.randint(-1, experts, (40_000, 4), generator=torch.Generator().manual_seed(0))  # up to ten chunks
     try:
         torch.set_num_threads(threads)
-        got = kernels.row_map(ids_TK, 24)
+        got = kernels.row_map(ids_TK, experts, None, align)
     finally:
         torch.set_num_threads(before)
-    for a, b in zip(got, reference.row_map(ids_TK, 24), strict=True):
+    for a, b in zip(got, reference.row_map(ids_TK, experts, None, align), strict=True):
         assert torch.equal(a, b)
 
 
