@@ -44,7 +44,7 @@ def experts_forward(
         names = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
         span = [weights[name].to(dtype) if name in weights else None for name in names]
         how = How(activation_of(experts), (experts.num_experts,), hidden_TH.dtype)
-        if not experts.has_post_expert_norm:
+        if not getattr(experts, "has_post_expert_norm", False):  # an older transformers has no such mark
             return _mixture(hidden_TH, ids_TK, weights_TK, how, span)
     # With a norm of each expert's output row before it is weighted: each slot is a token of its own.
     return weighted_after(
