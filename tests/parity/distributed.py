@@ -16,9 +16,13 @@ from tests.parity.cells import Cell
 from tests.train.runner import packed
 
 
-def train(cell: Cell, folder: str) -> dict:
-    """On each rank: logits and expert ids of its rows, the gradients it owns, norms, and the weights it owns."""
+def train(cell: Cell, folder: str, *, backend: str = "auto") -> dict:
+    """On each rank: logits and expert ids of its rows, the gradients it owns, norms, and the weights it owns.
+
+    backend: `moe.experts_backend`.
+    """
     config = problem.config(cell, folder)
+    config.moe.experts_backend = backend
     grid = build_grid(expert=cell.expert, node_size=cell.node_size)
     model = build_model(config, plan_model(config, grid), grid)
     engine = build_engine(

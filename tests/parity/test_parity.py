@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
+from moe_dist.ops import experts_batched, grouped_mlp
 from tests.models.tiny import make_folder
 from tests.parity import distributed, plain
 from tests.parity.cells import Cell, covering_cells, every_cell
@@ -40,6 +43,34 @@ def folders(tmp_path_factory):
 def test_cell(ranks, folders, cell):
     folder = folders(cell.family)
     compare(cell, ranks(cell.world, distributed.train, cell, folder, timeout=90), plain.train(cell, folder))
+
+
+def train_with(backend: str, cell: Cell, folder: str) -> dict:
+    """On each rank: what `distributed.train` gives, and how often that back end was called."""
+    module = grouped_mlp.BACKENDS[backend]
+    with (
+        mock.patch.object(experts_batched, "MOST_PADDED", float("inf")),  # these rows are few
+        mock.patch.object(module, "forward", wraps=module.forward) as forward,
+        mock.patch.object(module, "backward", wraps=module.backward) as backward,
+    ):
+        result = distributed.train(cell, folder, backend=backend)
+    return {**result, "calls": min(forward.call_count, backward.call_count)}
+
+
+BACKEND_CELLS = {
+    "batched": Cell("qwen3_moe", (2, 2), 2, "some", 300, "hf", True),
+    "grouped": Cell("gpt_oss", (2, 1), 1, "all", 300, "none", False),
+    "loop": Cell("deepseek_v3", (2, 2), 3, "one rank", 300, "none", False),
+}
+
+
+@pytest.mark.parametrize("backend", BACKEND_CELLS)
+def test_a_named_back_end(ranks, folders, backend):
+    cell = BACKEND_CELLS[backend]
+    folder = folders(cell.family)
+    results = ranks(cell.world, train_with, backend, cell, folder, timeout=90)
+    assert all(result["calls"] > 0 for result in results)
+    compare(cell, results, plain.train(cell, folder))
 
 
 def compare(cell: Cell, results: list[dict], expected: dict) -> None:
