@@ -102,7 +102,7 @@ class _Mixture(torch.autograd.Function):
             wanted = _rows_wanted(spans, needed, how.recompute)
             kept += [*_tokens_or_rows(x_MH, rows_RH, wanted), *zs]
             del rows_RH
-            out = passes.unpermute(y_RH, part.seats, dtype=how.wire if part.hops else x_TH.dtype)
+            out = passes.unpermute(y_RH, part.seats, dtype=_sum_dtype(part, how, x_TH.dtype))
             del y_RH
             backs.append(_leave_back(part, out, how))
         y_TH = [_come_home(part, back, x_TH.dtype) for part, back in zip(plan.parts, backs, strict=True)]
@@ -164,7 +164,7 @@ class _Home:
     def leave(self, dx_RH: torch.Tensor | None, dfactor_R: torch.Tensor | None) -> None:
         part = self.part
         if dx_RH is not None:
-            dx_MH = passes.unpermute(dx_RH, part.seats, dtype=self.how.wire if part.hops else self.dtype)
+            dx_MH = passes.unpermute(dx_RH, part.seats, dtype=_sum_dtype(part, self.how, self.dtype))
             self.rows = _leave_back(part, dx_MH, self.how)
         if dfactor_R is not None:
             dprobs_MK = torch.zeros_like(part.probs_MK)
@@ -194,6 +194,17 @@ def _arrive(part: Part, flight: Flight | torch.Tensor) -> torch.Tensor:
     for hop in part.hops[1:]:
         x_MH = hop.start(x_MH, x_MH.dtype).land()
     return x_MH
+
+
+def _sum_dtype(part: Part, how: How, dtype: torch.dtype) -> torch.dtype:
+    """In which the experts' sums leave, where tokens have `dtype`.
+
+    A sum that is one of several within a node is not rounded until these are added up: over two hops a token's result
+    is then rounded as often as over one. Inside a node bytes are cheap.
+    """
+    if len(part.hops) > 1:
+        return torch.promote_types(how.wire, torch.float32)
+    return how.wire if part.hops else dtype
 
 
 def _leave_back(part: Part, y_MH: torch.Tensor, how: How) -> Flight | torch.Tensor:

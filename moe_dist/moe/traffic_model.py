@@ -134,7 +134,8 @@ def step_bytes(
     """Bytes that all ranks send in a layer's forward and backward.
 
     row_bytes: of an element on its way to the experts (tokens, and gradients of the output in the backward).
-    back_bytes: of one on its way home (outputs, gradients of the tokens). With each row travel the seats and the
+    back_bytes: of one on its way home (outputs, gradients of the tokens); inside the node of a second hop it has at
+    least the four of fp32. With each row travel the seats and the
     probabilities of its slots, and in the backward the gradients of those come home. Before anything else, in each of
     the `chunks`, every rank tells every other one of the hop how many rows it gets and, at the last hop, how many of
     them for each of its experts.
@@ -144,7 +145,8 @@ def step_bytes(
     for hop, flow_PP in enumerate(flows):
         last = hop == len(flows) - 1
         there = 2 * hidden * row_bytes + SLOT_BYTES * columns
-        back = 2 * hidden * back_bytes + SCALAR_BYTES * columns
+        element = max(back_bytes, 4) if len(flows) > 1 and last else back_bytes
+        back = 2 * hidden * element + SCALAR_BYTES * columns
         counts_P = COUNT_BYTES * chunks * (1 + group.held_P * last)
         partners_PP = 1 if len(flows) == 1 else (_same_node(group) if last else _same_local(group))
         total_PP += flow_PP * there + flow_PP.T * back + counts_P * partners_PP
