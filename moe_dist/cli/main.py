@@ -4,9 +4,9 @@ Only the standard library is imported here; a verb imports what it needs when it
 """
 
 import argparse
+import contextlib
 import difflib
 import errno
-import faulthandler
 import importlib
 import os
 import sys
@@ -27,7 +27,6 @@ from moe_dist.errors import (
 )
 from moe_dist.launch.exit_file import leave_exit_code
 
-TEAR_DOWN = 30.0  # seconds that a rank which has failed may take to end
 VERBS = {
     "train": "train a model as a config file says",
     "run": "go through the stages of a recipe, each of them resumable",
@@ -159,10 +158,20 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _leave(code: int) -> None:
-    """Leave the exit code, and see to it that a failed rank ends: what is torn down may wait for lost ranks."""
+    """Leave the exit code; and where this is one of several ranks, end here and now.
+
+    What is torn down after a run (groups, their threads, those of other libraries) may wait for ranks that are lost,
+    and a thread that wants the interpreter while that ends can abort a process whose run was done.
+    """
     leave_exit_code(code)
-    if code != EXIT_OK and os.environ.get("WORLD_SIZE", "1") != "1":
-        faulthandler.dump_traceback_later(TEAR_DOWN, exit=True)
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return
+    if sys.exc_info()[0] is not None:
+        traceback.print_exc()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a reader that has gone, a stream that is closed
+            stream.flush()
+    os._exit(code)
 
 
 def take_local_rank(argv: Sequence[str]) -> tuple[list[str], int | None]:
