@@ -114,7 +114,8 @@ def _main(argv: list[str]) -> int:
         print(f"moe_dist {__version__}")
         return EXIT_OK
     if not argv or argv[0] in ("--help", "-h", "help"):
-        print(HELP.format(verbs="\n".join(f"  {verb:<8} {line}" for verb, line in VERBS.items())))
+        width = max(map(len, VERBS))
+        print(HELP.format(verbs="\n".join(f"  {verb:<{width}} {line}" for verb, line in VERBS.items())))
         return EXIT_OK if argv else EXIT_USER
     verb, words = _known(argv[0], VERBS), argv[1:]
     package = f"moe_dist.cli.{verb.replace('-', '_')}"

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from moe_dist.errors import UserError
-from moe_dist.moe.hop import Hop, Slots, Way, count, first_rows, plan_hop, slots_of
+from moe_dist.moe.balance import count_slots
+from moe_dist.moe.hop import Hop, Slots, Way, first_rows, plan_hop, slots_of
 from moe_dist.moe.placement import Placement
 from moe_dist.ops import RowPlan, row_plan
 from moe_dist.parallel.grid import Grid
@@ -83,7 +84,7 @@ def plan_dispatch(
     places_TK = copies.places(ids_TK)
     counts_E = torch.zeros(placement.num_experts, dtype=torch.int64, device=ids_TK.device)
     experts = copies.experts_on(ids_TK.device)
-    counts_E.index_add_(0, experts, count(places_TK, len(experts)))
+    counts_E.index_add_(0, experts, count_slots(places_TK, len(experts)))
     tokens = _cut(len(ids_TK), chunks)
     parts = [slots_of(places_TK[part], probs_TK[part]) for part in tokens]
     if grid.expert == 1:

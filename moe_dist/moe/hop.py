@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
+from moe_dist.moe.balance import count_slots
 from moe_dist.ops import RowPlan, passes, row_plan
 from moe_dist.parallel.collectives import Flight, exchange, start_exchange
 
@@ -123,13 +124,6 @@ def plan_hop(parts: list[Slots], way: Way) -> tuple[list[Hop], list[Slots], list
     return hops, arrived, by_place
 
 
-def count(numbers: torch.Tensor, size: int) -> torch.Tensor:
-    """How often each of 0..size−1 occurs, int64; negative numbers are not counted. Does not wait for the device."""
-    flat_N = torch.where(numbers < 0, size, numbers).flatten()
-    counts = torch.zeros(size + 1, dtype=torch.int64, device=numbers.device)
-    return counts.scatter_add_(0, flat_N, torch.ones_like(flat_N))[:size]
-
-
 def first_rows(plan: RowPlan, rows: int) -> RowPlan:
     """The plan of the first rows alone: the slots of later ones are dropped."""
     if rows == plan.num_rows:
@@ -159,7 +153,7 @@ def _rows_by_destination(places_TK: torch.Tensor, way: Way) -> tuple[RowPlan, to
 
 def _counts_for_ranks(rows_Q: torch.Tensor, places_TK: torch.Tensor, way: Way) -> list[torch.Tensor]:
     """What each rank of the group needs to know: its rows and, at the last hop, the slots of each of its places."""
-    by_place = count(places_TK, len(way.destination_of_place))
+    by_place = count_slots(places_TK, len(way.destination_of_place))
     return [
         torch.cat([rows, by_place[places.start : places.stop]])
         for rows, places in zip(rows_Q.split(1), way.counted, strict=True)
