@@ -21,9 +21,17 @@ from moe_dist.errors import UserError
 class Grid:
     """Sizes of the axes, this rank's place on them, and the process groups (None where a group is this rank alone).
 
+    Every rank of a pipeline stage holds other tokens: rows are dealt over the data axis, a row is cut over the sequence
+    axis, and each block of it over the tensor axis.
+
+    `stage_group`: all ranks of a pipeline stage; they hold the same whole dense weights for different tokens.
+    `data_group`: the ranks of a stage with the same slice of different rows.
+    `slice_group`: the ranks that share rows, each with a slice of their tokens: `sequence_group` times `tensor_group`.
+    `tensor_data_group`: the ranks of a stage that hold the same part of what is cut over the tensor axis.
     `expert_group`: the ranks that exchange tokens; together they hold every expert once.
     `expert_data_group`: the ranks that hold the same experts for different tokens.
-    `data_group`: the ranks that see different tokens and hold the same dense weights.
+    `pipeline_group`: the ranks of all stages that see the same tokens, in order of depth.
+    `embedding_group`: the ranks of the first and the last stage, where there are two.
     `node_size`: consecutive ranks that share a node. Where an expert group consists of several whole nodes it is cut
     twice more: `across_group` is the ranks with this rank's place in their nodes, `inside_group` those of its node.
     """
@@ -35,21 +43,59 @@ class Grid:
     sequence: int = 1
     tensor: int = 1
     expert: int = 1
+    pipeline_rank: int = 0
+    data_rank: int = 0
+    sequence_rank: int = 0
+    tensor_rank: int = 0
     expert_rank: int = 0
     expert_data_rank: int = 0
-    data_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     node_size: int = 1
+    stage_group: dist.ProcessGroup | None = None
+    data_group: dist.ProcessGroup | None = None
+    sequence_group: dist.ProcessGroup | None = None
+    tensor_group: dist.ProcessGroup | None = None
+    slice_group: dist.ProcessGroup | None = None
+    tensor_data_group: dist.ProcessGroup | None = None
     expert_group: dist.ProcessGroup | None = None
+    expert_data_group: dist.ProcessGroup | None = None
     across_group: dist.ProcessGroup | None = None
     inside_group: dist.ProcessGroup | None = None
-    expert_data_group: dist.ProcessGroup | None = None
-    data_group: dist.ProcessGroup | None = None
+    pipeline_group: dist.ProcessGroup | None = None
+    embedding_group: dist.ProcessGroup | None = None
+
+    @property
+    def stage_size(self) -> int:
+        """How many ranks one pipeline stage has."""
+        return self.world // self.pipeline
+
+    @property
+    def stage_rank(self) -> int:
+        """This rank's place in its stage."""
+        return self.rank % self.stage_size
+
+    @property
+    def slices(self) -> int:
+        """Into how many slices a row is cut."""
+        return self.sequence * self.tensor
+
+    @property
+    def slice_rank(self) -> int:
+        """Which slice of its rows this rank holds, in order of the tokens."""
+        return self.sequence_rank * self.tensor + self.tensor_rank
 
     @property
     def expert_data(self) -> int:
         """How many ranks hold the same experts."""
-        return self.world // self.pipeline // self.expert
+        return self.stage_size // self.expert
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline - 1
 
     @staticmethod
     def single(device: torch.device | str = "cpu") -> Grid:
@@ -59,14 +105,28 @@ class Grid:
 
 def check_sizes(world: int, *, expert: int = 1, pipeline: int = 1, sequence: int = 1, tensor: int = 1) -> None:
     """Raise `UserError` for a layout that `world` ranks cannot form, saying what would work."""
-    for name, size in (("pipeline", pipeline), ("sequence", sequence), ("tensor", tensor)):
-        if size != 1:
-            raise UserError(f"parallel.{name}={size}: sizes above 1 of this axis are not available; set it to 1")
-    if expert < 1 or world % expert:
-        works = [size for size in range(1, world + 1) if world % size == 0]
+    for name, size in (("pipeline", pipeline), ("sequence", sequence), ("tensor", tensor), ("expert", expert)):
+        if size < 1:
+            raise UserError(f"parallel.{name}={size}: a size is at least 1")
+    axes = pipeline * sequence * tensor
+    asked = " x ".join(
+        f"parallel.{name}={size}"
+        for name, size in (("pipeline", pipeline), ("sequence", sequence), ("tensor", tensor))
+        if size > 1
+    )
+    if world % axes:
+        more = -(-world // axes) * axes
         raise UserError(
-            f"parallel.expert={expert} does not fit {world} rank(s): the expert-parallel size must divide the number "
-            f"of ranks. What works here: {', '.join(map(str, works))}; or start more ranks"
+            f"{asked} does not fit {world} rank(s): {axes} must divide the number of ranks. Start {more} ranks"
+            + (f" or {world // axes * axes}" if world > axes else "")
+            + f", or choose sizes whose product is one of {_listed(_divisors(world))}"
+        )
+    stage = world // pipeline
+    if stage % expert:
+        where = f"the {stage} rank(s) of a pipeline stage" if pipeline > 1 else f"{world} rank(s)"
+        raise UserError(
+            f"parallel.expert={expert} does not fit {where}: the expert-parallel size must divide data x sequence x "
+            f"tensor. What works here: {_listed(_divisors(stage))}; or start more ranks"
         )
 
 
@@ -75,16 +135,25 @@ def layout(
 ) -> Grid:
     """The grid as numbers alone, without process groups: what `--dry-run` and the planner look at."""
     check_sizes(world, expert=expert, pipeline=pipeline, sequence=sequence, tensor=tensor)
-    sizes = {"pipeline": pipeline, "sequence": sequence, "tensor": tensor, "expert": expert}
-    lists = _group_lists(world, **sizes)
+    data = world // (pipeline * sequence * tensor)
+    outer, tensor_rank = divmod(rank, tensor)
+    outer, sequence_rank = divmod(outer, sequence)
+    pipeline_rank, data_rank = divmod(outer, data)
+    expert_data_rank, expert_rank = divmod(rank % (world // pipeline), expert)
     return Grid(
         world=world,
         rank=rank,
-        data=world // (pipeline * sequence * tensor),
-        expert_rank=_place(rank, lists["expert_group"]),
-        expert_data_rank=_place(rank, lists["expert_data_group"]),
-        data_rank=_place(rank, lists["data_group"]),
-        **sizes,
+        pipeline=pipeline,
+        data=data,
+        sequence=sequence,
+        tensor=tensor,
+        expert=expert,
+        pipeline_rank=pipeline_rank,
+        data_rank=data_rank,
+        sequence_rank=sequence_rank,
+        tensor_rank=tensor_rank,
+        expert_rank=expert_rank,
+        expert_data_rank=expert_data_rank,
     )
 
 
@@ -121,11 +190,20 @@ def _group_lists(world: int, *, expert: int, pipeline: int, sequence: int, tenso
     """The member ranks of every group, by axis."""
     ranks = torch.arange(world).view(pipeline, -1, sequence, tensor)
     folded = torch.arange(world).view(pipeline, -1, expert)  # [pipeline, expert_data, expert]
-    return {
-        "data_group": ranks.permute(0, 2, 3, 1).flatten(0, 2).tolist(),
-        "expert_group": folded.flatten(0, 1).tolist(),
-        "expert_data_group": folded.transpose(1, 2).flatten(0, 1).tolist(),
+    lists = {
+        "stage_group": ranks.flatten(1),
+        "data_group": ranks.permute(0, 2, 3, 1).flatten(0, 2),
+        "sequence_group": ranks.permute(0, 1, 3, 2).flatten(0, 2),
+        "tensor_group": ranks.flatten(0, 2),
+        "slice_group": ranks.flatten(2).flatten(0, 1),
+        "tensor_data_group": ranks.permute(0, 3, 1, 2).flatten(2).flatten(0, 1),
+        "expert_group": folded.flatten(0, 1),
+        "expert_data_group": folded.transpose(1, 2).flatten(0, 1),
+        "pipeline_group": ranks.permute(1, 2, 3, 0).flatten(0, 2),
     }
+    if pipeline > 1:
+        lists["embedding_group"] = ranks[[0, -1]].flatten().unsqueeze(0)
+    return {name: members.tolist() for name, members in lists.items()}
 
 
 def _node_lists(world: int, expert: int, node_size: int) -> dict[str, list[list[int]]]:
@@ -139,8 +217,12 @@ def _node_lists(world: int, expert: int, node_size: int) -> dict[str, list[list[
     }
 
 
-def _place(rank: int, lists: list[list[int]]) -> int:
-    return next(members.index(rank) for members in lists if rank in members)
+def _divisors(count: int) -> list[int]:
+    return [size for size in range(1, count + 1) if count % size == 0]
+
+
+def _listed(sizes: list[int]) -> str:
+    return ", ".join(map(str, sizes))
 
 
 # Groups of the running world by their members: each has threads and connections of its own, so none is made twice.

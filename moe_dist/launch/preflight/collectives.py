@@ -17,9 +17,15 @@ def wrong_results(grid: Grid) -> list[str]:
     wrong = [] if _product(grid.device) else [f"a product of matrices on {grid.device} is wrong"]
     groups = {
         "all ranks": dist.group.WORLD,
+        "the pipeline stage": grid.stage_group,
         "the data group": grid.data_group,
+        "the sequence group": grid.sequence_group,
+        "the tensor group": grid.tensor_group,
+        "the group that shares rows": grid.slice_group,
+        "the group with the same part of cut tensors": grid.tensor_data_group,
         "the expert group": grid.expert_group,
         "the expert-data group": grid.expert_data_group,
+        "the pipeline group": grid.pipeline_group,
     }
     done = []
     for name, group in groups.items():
