@@ -13,7 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-from moe_dist.config.checks import check_layout
+from moe_dist.config.checks import check_experts_only, check_layout
 from moe_dist.config.load import load
 from moe_dist.errors import EXIT_OK, UserError
 from moe_dist.launch import environment
@@ -33,9 +33,10 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"{source}: is no run folder (there is no config.resolved.yaml in it)")
         source /= "config.resolved.yaml"
     ranks = environment.apply(local_rank=args.local_rank)
-    # One process holds all experts, over however many ranks the run had spread them.
-    alone = ["parallel.expert=1"] if ranks.launcher == "none" else []
-    config = load(source, [*alone, *args.overrides])
+    # One process holds all experts, over however many ranks the run had spread them; other axes serve training only.
+    one = ("pipeline", "sequence", "tensor", *(["expert"] if ranks.launcher == "none" else []))
+    config = load(source, [*(f"parallel.{name}=1" for name in one), *args.overrides])
+    check_experts_only(config, "eval")
     check_layout(config, ranks.world_size)
     from moe_dist.train.finished import evaluate_run
 

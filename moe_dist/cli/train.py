@@ -9,7 +9,7 @@ examples:
 
 import argparse
 
-from moe_dist.config.checks import check_layout, check_world
+from moe_dist.config.checks import check_layout, check_world, smallest_world
 from moe_dist.config.keys import all_keys
 from moe_dist.config.load import load
 from moe_dist.errors import EXIT_OK, UserError
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     config = load(args.config, args.overrides)
     ranks = environment.apply(local_rank=args.local_rank)
     if args.dry_run:
-        alone = config.parallel.world_size or config.parallel.expert
+        alone = config.parallel.world_size or smallest_world(config)
         world_size = args.ranks or max(ranks.world_size, alone if ranks.launcher == "none" else 1)
         check_world(config, world_size)
         check_layout(config, world_size)

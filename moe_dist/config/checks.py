@@ -9,6 +9,7 @@ from typing import Any
 from moe_dist.config.keys import fields_of
 from moe_dist.config.schema import RunConfig, Source, TrainableSection
 from moe_dist.errors import UserError
+from moe_dist.parallel.sizes import check_sizes
 
 
 def validate(config: RunConfig) -> None:
@@ -40,24 +41,43 @@ def check_paths(config: RunConfig) -> None:
 
 def check_layout(config: RunConfig, world_size: int) -> None:
     """Check what depends on the number of ranks; `world_size` is the one that the launcher gave."""
-    parallel = config.parallel
-    for name in ("tensor", "sequence", "pipeline"):
-        size = getattr(parallel, name)
-        if size != 1:
-            raise UserError(f"parallel.{name}={size}: only 1 is supported; set parallel.{name}=1")
-    if parallel.expert > world_size:
+    parallel, length = config.parallel, config.data.seq_len
+    axes = axes_of(config)
+    needed = smallest_world(config)
+    if needed > world_size:
+        asked = " and ".join(f"parallel.{name}={size}" for name, size in axes.items() if size > 1)
         raise UserError(
-            f"parallel.expert={parallel.expert} needs at least {parallel.expert} ranks, but this run has {world_size}: "
-            f"start more ranks (for instance `deepspeed --num_gpus {parallel.expert} --module moe_dist train ...`) "
-            f"or set parallel.expert={world_size}"
+            f"{asked} need{'s' * (asked.count('=') == 1)} at least {needed} ranks, but this run has {world_size}: "
+            f"start more ranks (for instance `deepspeed --num_gpus {needed} --module moe_dist train ...`) "
+            "or take smaller sizes"
         )
-    if world_size % parallel.expert:
-        fitting = [size for size in range(1, world_size + 1) if world_size % size == 0]
+    check_sizes(world_size, **axes)
+    slices = parallel.sequence * parallel.tensor
+    if length % slices:
         raise UserError(
-            f"parallel.expert={parallel.expert} does not divide the {world_size} ranks of this run; "
-            f"set it to one of {', '.join(map(str, fitting))}"
+            f"data.seq_len={length}: a row is cut into parallel.sequence x parallel.tensor = {slices} slices of equal "
+            f"length; set it to {-(-length // slices) * slices}, or take other sizes"
         )
     accumulation(config, world_size)
+
+
+def check_experts_only(config: RunConfig, verb: str) -> None:
+    """Refuse the axes that only training serves, for a verb that spreads nothing but experts and rows."""
+    for name in ("pipeline", "sequence", "tensor"):
+        size = getattr(config.parallel, name)
+        if size != 1:
+            raise UserError(f"parallel.{name}={size}: `{verb}` runs on expert-parallel ranks only; set it to 1 here")
+
+
+def axes_of(config: RunConfig) -> dict[str, int]:
+    """The sizes that cut the ranks into groups, as `parallel.grid` takes them."""
+    return {name: getattr(config.parallel, name) for name in ("expert", "pipeline", "sequence", "tensor")}
+
+
+def smallest_world(config: RunConfig) -> int:
+    """The fewest ranks on which the sizes of `parallel` fit: experts fold the ranks of a pipeline stage."""
+    parallel = config.parallel
+    return parallel.pipeline * math.lcm(parallel.expert, parallel.sequence * parallel.tensor)
 
 
 def check_world(config: RunConfig, world_size: int) -> None:
@@ -72,14 +92,17 @@ def check_world(config: RunConfig, world_size: int) -> None:
 
 def accumulation(config: RunConfig, world_size: int) -> int:
     """Micro-batches per rank in one optimizer step."""
-    per_pass = config.train.micro_batch_size * world_size
+    parallel = config.parallel
+    data = world_size // (parallel.pipeline * parallel.sequence * parallel.tensor)
+    per_pass = config.train.micro_batch_size * data
     total = config.train.global_batch_size or per_pass
     if total % per_pass:
         below, above = total // per_pass * per_pass, -(-total // per_pass) * per_pass
         options = " or ".join(str(value) for value in (below, above) if value)
         raise UserError(
             f"train.global_batch_size={total} is no multiple of train.micro_batch_size "
-            f"({config.train.micro_batch_size}) x {world_size} ranks; set it to {options}, or change the micro-batch"
+            f"({config.train.micro_batch_size}) x {data} ranks that read rows; set it to {options}, or change the "
+            "micro-batch"
         )
     return total // per_pass
 

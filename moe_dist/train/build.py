@@ -14,6 +14,7 @@ from moe_dist.config.schema import RunConfig, TrainableSection
 from moe_dist.data.offline_tokenizer import OFFLINE, offline_tokenizer
 from moe_dist.errors import UserError
 from moe_dist.models.beside import compute_shared_experts_beside
+from moe_dist.models.cut import cut
 from moe_dist.models.initialising import init_model
 from moe_dist.models.loading import load_model, resolve_folder
 from moe_dist.models.lora import PARAMETERS as LORA_PARAMETERS
@@ -31,12 +32,14 @@ from moe_dist.train.trainable import Selection, freeze, layer_index, select
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """What will be built: `skeleton` is the model on the meta device with the experts layers of this rank.
+    """What will be built: `skeleton` is the whole model on the meta device with this rank's seats in its
+    experts layers; `local` is what this rank holds of it (the same object where nothing is cut).
 
     folder: where the weights come from; None for a random initialisation. placement: as `load_model` takes it.
     """
 
     skeleton: nn.Module
+    local: nn.Module
     selection: Selection
     placement: Seating
     folder: Path | None
@@ -77,8 +80,13 @@ def plan_model(config: RunConfig, grid: Grid) -> ModelPlan:
     check_base_states(config, skeleton, selection)
     placement = _placement(config, layers, selection, grid)
     # Again with the placement now known, so that the skeleton has the spans that the model will have.
-    skeleton, _ = build(trainable=selection.experts, placement=placement)
-    return ModelPlan(skeleton, selection, placement, folder)
+    where = {"trainable": selection.experts, "placement": placement}
+    skeleton, _ = build(**where)
+    local = skeleton
+    if grid.slices > 1 or grid.pipeline > 1:
+        local, _ = build(**where)
+        cut(local, grid)
+    return ModelPlan(skeleton, local, selection, placement, folder)
 
 
 def build_model(config: RunConfig, plan: ModelPlan, grid: Grid) -> nn.Module:

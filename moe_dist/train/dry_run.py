@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from moe_dist.config.checks import accumulation, is_local
+from moe_dist.config.checks import accumulation, axes_of, is_local
 from moe_dist.config.schema import RunConfig
 from moe_dist.parallel.grid import Grid, layout
 from moe_dist.train.build import ModelPlan, plan_model
-from moe_dist.train.table import human_bytes, optimizer_bytes, render, rows
+from moe_dist.train.table import Row, human_bytes, optimizer_bytes, render, rows, shared
 
 
 def describe(config: RunConfig, world_size: int) -> str:
@@ -15,14 +15,14 @@ def describe(config: RunConfig, world_size: int) -> str:
     A model that is a hub name and not in the local cache is the one thing that cannot be looked at: the layout is
     printed all the same, and the text says what is left open. Raises UserError for a configuration that cannot run.
     """
-    grid = layout(world_size, expert=config.parallel.expert)
+    grid = layout(world_size, **axes_of(config))
     lines = [_layout(config, grid)]
     if config.model.path is not None and not is_local(config.model.path):
         lines.append(f"model {config.model.path} is on the hub: its layers and memory are known once it is downloaded")
         return "\n\n".join(lines)
     plan = plan_model(config, grid)
     settings = {"zero_stage": config.parallel.zero_stage, "precision": config.train.precision}
-    lines.append(render(plan.skeleton, plan.selection, grid, **settings))
+    lines.append(render(plan.local, plan.selection, grid, **settings))
     lines.append(_memory(config, plan, grid))
     return "\n\n".join(lines)
 
@@ -35,8 +35,7 @@ def _layout(config: RunConfig, grid: Grid) -> str:
     return "\n".join(
         [
             f"run      {config.run.name} in {config.run.dir}",
-            f"ranks    {grid.world} = expert-data {grid.expert_data} x expert {grid.expert}, "
-            f"ZeRO {config.parallel.zero_stage}, {train.precision}",
+            f"ranks    {_ranks(grid)}, ZeRO {config.parallel.zero_stage}, {train.precision}",
             f"step     {batch} sequences of {config.data.seq_len} = at most {tokens:,} tokens: {grid.data} ranks x "
             f"{micro_batches} micro-batches x {train.micro_batch_size}",
             f"course   {train.steps} steps, {train.schedule}, peak lr {train.lr:g}, {train.warmup_steps} of warm-up, "
@@ -47,6 +46,14 @@ def _layout(config: RunConfig, grid: Grid) -> str:
     )
 
 
+def _ranks(grid: Grid) -> str:
+    folded = f"expert-data {grid.expert_data} x expert {grid.expert}"
+    if grid.pipeline * grid.slices == 1:
+        return f"{grid.world} = {folded}"
+    axes = " x ".join(f"{name} {getattr(grid, name)}" for name in ("pipeline", "data", "sequence", "tensor"))
+    return f"{grid.world} = {axes}; each stage's {grid.stage_size} folded as {folded}"
+
+
 def memory_parts(config: RunConfig, plan: ModelPlan, grid: Grid) -> dict[str, int]:
     """Bytes of one rank that do not depend on the data: weights, gradients, optimizer, ZeRO's buffers.
 
@@ -54,21 +61,18 @@ def memory_parts(config: RunConfig, plan: ModelPlan, grid: Grid) -> dict[str, in
     ZeRO 3 the weights are too.
     """
     zero_stage, precision = config.parallel.zero_stage, config.train.precision
-    table = rows(plan.skeleton, plan.selection).values()
-    size = 2 if precision == "bf16" else 4
-    share_weights = zero_stage == 3
-    share_gradients = zero_stage >= 2
-    dense, expert = sum(row.dense for row in table), sum(row.expert for row in table)
-    dense_trained, expert_trained = sum(row.dense_trained for row in table), sum(row.expert_trained for row in table)
-    weights = size * (
-        dense // (grid.data if share_weights else 1) + expert // (grid.expert_data if share_weights else 1)
-    )
-    gradients = 4 * (
-        dense_trained // (grid.data if share_gradients else 1)
-        + expert_trained // (grid.expert_data if share_gradients else 1)
-    )
-    optimizer = sum(optimizer_bytes(row, grid, zero_stage=zero_stage, precision=precision) for row in table)
-    trained = dense_trained + expert_trained
+    total = Row()
+    for row in rows(plan.local, plan.selection).values():
+        for name in ("dense", "dense_trained", "cut", "cut_trained", "expert", "expert_trained"):
+            setattr(total, name, getattr(total, name) + getattr(row, name))
+    held, trained = total.dense + total.expert, total.dense_trained + total.expert_trained
+    if zero_stage == 3:
+        held = shared(total.dense, total.cut, total.expert, grid)
+    reduced = trained
+    if zero_stage >= 2:
+        reduced = shared(total.dense_trained, total.cut_trained, total.expert_trained, grid)
+    weights, gradients = (2 if precision == "bf16" else 4) * held, 4 * reduced
+    optimizer = optimizer_bytes(total, grid, zero_stage=zero_stage, precision=precision)
     buffers = 4 * min(config.parallel.reduce_bucket_size, trained) if zero_stage else 0
     return {"weights": weights, "gradients": gradients, "optimizer": optimizer, "reduction buffer": buffers}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from moe_dist.config.checks import axes_of
 from moe_dist.config.save import to_dict
 from moe_dist.config.schema import RunConfig
 from moe_dist.launch.chain import FOLDER
@@ -101,7 +102,7 @@ def ranks_together(config: RunConfig) -> Iterator[Together]:
             )
         guard.beat("forming groups")
         form_group(device, store=store)
-        grid = build_grid(expert=config.parallel.expert, node_size=config.parallel.node_size, device=device)
+        grid = build_grid(**axes_of(config), node_size=config.parallel.node_size, device=device)
         if world > 1 and launch.preflight:
             guard.beat("the preflight")
             check_collectives(store, grid, facts)

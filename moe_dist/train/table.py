@@ -18,11 +18,14 @@ OUTSIDE = "outside layers"
 class Row:
     """Elements of one decoder layer on this rank (or of what lies outside of all).
 
+    cut, cut_trained: those among the dense ones that are this rank's part of a tensor-parallel weight.
     ids: what trains, by experts module. copies: {expert that sits on several ranks: on how many}.
     """
 
     dense_trained: int = 0
     dense: int = 0
+    cut_trained: int = 0
+    cut: int = 0
     expert_trained: int = 0
     expert: int = 0
     ids: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -49,19 +52,29 @@ def rows(model: nn.Module, selection: Selection) -> dict[str, Row]:
             row = table[_label(name)]
             row.dense += parameter.numel()
             row.dense_trained += parameter.numel() * (name in selection.names)
+            if hasattr(parameter, "shard"):
+                row.cut += parameter.numel()
+                row.cut_trained += parameter.numel() * (name in selection.names)
     return dict(sorted(table.items(), key=lambda item: (item[0] == OUTSIDE, len(item[0]), item[0])))
 
 
 def optimizer_bytes(row: Row, grid: Grid, *, zero_stage: int, precision: str) -> int:
     """Bytes of optimizer state on one rank: two fp32 moments an element, and an fp32 master where weights are bf16.
 
-    From ZeRO 1 on it is shared by the ranks that hold the same weights: all data ranks for dense tensors, the
-    expert-data ranks for experts.
+    From ZeRO 1 on it is shared by the ranks that hold the same weights, see `shared`.
     """
     each = 8 + (4 if precision == "bf16" else 0)
     if zero_stage == 0:
         return each * (row.dense_trained + row.expert_trained)
-    return each * (-(-row.dense_trained // grid.data) + -(-row.expert_trained // grid.expert_data))
+    return each * shared(row.dense_trained, row.cut_trained, row.expert_trained, grid)
+
+
+def shared(dense: int, cut: int, expert: int, grid: Grid) -> int:
+    """Elements that one rank keeps where the ranks that hold the same weights share them: all of a stage for dense
+    tensors, those with the same tensor rank for `cut` ones (which `dense` includes), the expert-data ranks for experts.
+    """
+    sizes = (dense - cut, grid.stage_size), (cut, grid.stage_size // grid.tensor), (expert, grid.expert_data)
+    return sum(-(-elements // ranks) for elements, ranks in sizes)
 
 
 def render(model: nn.Module, selection: Selection, grid: Grid, *, zero_stage: int, precision: str) -> str:
@@ -72,7 +85,7 @@ def render(model: nn.Module, selection: Selection, grid: Grid, *, zero_stage: in
     for label, row in rows(model, selection).items():
         size = optimizer_bytes(row, grid, zero_stage=zero_stage, precision=precision)
         total_bytes += size
-        for name in ("dense_trained", "dense", "expert_trained", "expert", "num_experts"):
+        for name in ("dense_trained", "dense", "cut_trained", "cut", "expert_trained", "expert", "num_experts"):
             setattr(total, name, getattr(total, name) + getattr(row, name))
         lines.append(_line(label, row, _ids(row), size))
     lines.append(_line("all", total, "", total_bytes))

@@ -6,7 +6,8 @@ import pytest
 import torch.distributed as dist
 
 from moe_dist.errors import UserError
-from moe_dist.parallel.grid import Grid, _group_lists, build_grid, check_sizes, layout
+from moe_dist.parallel.grid import Grid, _group_lists, build_grid, layout
+from moe_dist.parallel.sizes import check_sizes
 
 
 def groups_on_a_rank(expert: int) -> dict:

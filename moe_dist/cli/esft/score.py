@@ -12,7 +12,7 @@ examples:
 
 import argparse
 
-from moe_dist.config.checks import check_layout
+from moe_dist.config.checks import check_experts_only, check_layout
 from moe_dist.config.load import load
 from moe_dist.errors import EXIT_OK, UserError
 from moe_dist.launch import environment
@@ -75,6 +75,7 @@ def _from_model(args: argparse.Namespace, ranks):
     if args.config is None:
         raise UserError("esft score needs a CONFIG.yaml with the model and the task's data.train, or --logs DIR")
     config = load(args.config, args.overrides)
+    check_experts_only(config, "esft score")
     check_layout(config, ranks.world_size)
     from moe_dist.methods.esft.score_run import SAMPLE_TOKENS, score_run
 
