@@ -14,6 +14,7 @@ import torch.distributed as dist
 from moe_dist.parallel import traffic
 
 _waited = 0.0
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,15 @@ def exchange(
 ) -> torch.Tensor:
     """`start_exchange`, and wait."""
     return start_exchange(rows_NH, send, receive, group, what=what).land()
+
+
+def gather(x: torch.Tensor, group: dist.ProcessGroup, *, what: str) -> torch.Tensor:
+    """The `x` of every rank of `group`, of one shape and dtype on all of them, stacked in rank order: `[P, ...]`."""
+    x, size = x.contiguous(), dist.get_world_size(group)
+    gathered = x.new_empty((size, *x.shape))
+    traffic.note(what, [1] * size, dist.get_rank(group), x.nbytes)
+    work = _all_gather(gathered.view(-1), x.view(-1), group=group, async_op=True)
+    return Flight(gathered, x, work).land()
 
 
 def waited() -> float:
