@@ -14,7 +14,6 @@ from moe_dist.config.schema import RunConfig
 from moe_dist.data.attention import check_packing, model_inputs
 from moe_dist.data.loader import build_data
 from moe_dist.errors import EXIT_OK, EXIT_PREEMPTED, PolicyStop, UserError
-from moe_dist.parallel.collectives import waited
 from moe_dist.train import run_folder, state
 from moe_dist.train.agree import agree, any_asked, global_mean
 from moe_dist.train.backends import check_backend, choose_backends
@@ -22,8 +21,8 @@ from moe_dist.train.best import Best
 from moe_dist.train.build import build_model, load_tokenizer, plan_model
 from moe_dist.train.engine import build_engine
 from moe_dist.train.evaluate import held_out
-from moe_dist.train.losses import label_loss_sum
 from moe_dist.train.metrics import MetricLog
+from moe_dist.train.passes import run_passes
 from moe_dist.train.proof import ChangeProof
 from moe_dist.train.ranks import Together, ranks_together
 from moe_dist.train.replicas import check_replicas
@@ -170,19 +169,8 @@ def _train(config: RunConfig, ranks: Together, *, resume: str, overwrite: bool, 
         # Dropout, if any, is a function of seed, step and rank: a resumed run needs no stored random state.
         torch.manual_seed((config.run.seed * 1_000_003 + step) * 65_537 + grid.rank)
         routing.start_step()
-        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        finite = []
-        for batch in batches:
-            guard.beat("forward")
-            started, waited_before = time.perf_counter(), waited()
-            with routing.listening():
-                loss = label_loss_sum(forward(batch), batch["labels"])
-            loss_sum += loss.detach()
-            work += time.perf_counter() - started - (waited() - waited_before)
-            guard.beat("backward")
-            finite.append(loss.detach().isfinite())
-            engine.backward(loss / max(labels, 1) + routing.loss_share(batch) / micro_batches)
-        guard.worked(work)
+        passes = run_passes(engine, routing, batches, labels=labels, grid=grid, guard=guard)
+        guard.worked(work + passes.work)
         guard.beat("the update")
         lr = learning_rate(
             settings.schedule,
@@ -204,7 +192,7 @@ def _train(config: RunConfig, ranks: Together, *, resume: str, overwrite: bool, 
             rows = data.train.drawn(
                 before, len(batches) * settings.micro_batch_size * grid.data, micro_batch=settings.micro_batch_size
             )
-            log.write("skipped", step, grad_norm=result.grad_norm, batches=suspects(finite, rows, grid))
+            log.write("skipped", step, grad_norm=result.grad_norm, batches=suspects(passes.finite, rows, grid))
             if settings.nan_policy == "stop" or skips_in_a_row > settings.max_skips:
                 saver.settle()
                 raise PolicyStop(
@@ -226,7 +214,7 @@ def _train(config: RunConfig, ranks: Together, *, resume: str, overwrite: bool, 
                 log.say(f"step {step}  {slow.pop('text')}")
                 log.write("straggler", step, **slow)
             rate = timed_tokens / (time.perf_counter() - clock)
-            mean = global_mean(loss_sum, labels, grid)
+            mean = global_mean(passes.loss_sum, labels, grid)
             log.write(
                 "train",
                 step,

@@ -10,7 +10,7 @@ import time
 
 from moe_dist.checkpoint import writer
 from moe_dist.data.loader import TrainData
-from moe_dist.train import loop
+from moe_dist.train import loop, passes
 
 HANG_TIMEOUT = 8  # seconds, where a test waits for it
 
@@ -62,8 +62,8 @@ def at_place(rank: int, place: str, act, call: int) -> None:
     owner, name = {
         "loading": (loop, "build_model"),
         "data": (TrainData, "next_batch"),
-        "forward": (loop, "label_loss_sum"),
-        "backward": (loop, "label_loss_sum"),
+        "forward": (passes, "label_loss_sum"),
+        "backward": (passes, "label_loss_sum"),
         "checkpoint": (writer._Save, "write"),
         "evaluation": (loop, "held_out"),
     }[place]

@@ -181,13 +181,13 @@ def test_fault_25_a_slow_rank_is_reported(files, tmp_path):
 
 
 def slow_down(rank: int, victim: int, seconds: float) -> None:
-    from moe_dist.train import loop
+    from moe_dist.train import passes
 
-    original = loop.label_loss_sum
+    original = passes.label_loss_sum
 
     def slow(logits_BLV, labels_BL):
         if rank == victim:
             time.sleep(seconds)
         return original(logits_BLV, labels_BL)
 
-    loop.label_loss_sum = slow
+    passes.label_loss_sum = slow

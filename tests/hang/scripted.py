@@ -12,7 +12,7 @@ from moe_dist.config.load import build
 from moe_dist.data.loader import Data
 from moe_dist.data.packing import IGNORE
 from moe_dist.errors import PolicyStop
-from moe_dist.train import loop
+from moe_dist.train import loop, passes
 from tests.run.runs import LENGTH, VOCAB
 
 # What a step may bring; the last three harm one rank alone.
@@ -77,7 +77,7 @@ def train(tree: dict, steps: tuple[str, ...]) -> int | str:
     script = Script(steps)
     with ExitStack() as patches:
         patches.enter_context(patch.object(loop, "build_data", lambda *_, **__: Data(script, {}, {"train": {}})))
-        patches.enter_context(patch.object(loop, "label_loss_sum", script.harmed(loop.label_loss_sum)))
+        patches.enter_context(patch.object(passes, "label_loss_sum", script.harmed(passes.label_loss_sum)))
         try:
             return loop.train(build(tree))
         except PolicyStop as stop:
