@@ -6,6 +6,10 @@ of that sum is the single process's gradient, to rounding: an expert's load is a
 integers summed over ranks without autograd, while probabilities stay where their tokens are and are never gathered. The
 loss of an optimizer step is the mean over its micro-batches: the caller divides each share by their number.
 
+Where the rows of a micro-batch are cut over several ranks, each of them has the probabilities of its slice of the
+tokens, and the loads of a micro-batch or of a sequence are summed over those ranks first. "A rank" below is a data
+rank: all those that share rows.
+
 Notation: real tokens only (padding is in no sum, no count and no mean); c_i slots given to expert i; p_ti probability
 of expert i for token t; n tokens, K slots each, E experts.
 
@@ -25,11 +29,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 
 from moe_dist.errors import UserError
 from moe_dist.parallel.collectives import sum_over
 from moe_dist.parallel.grid import Grid
+from moe_dist.parallel.sequence import own_slice
 
 
 @dataclass(frozen=True)
@@ -54,19 +60,20 @@ class RouterOutput:
 class RealTokens:
     """Which tokens of a micro-batch are real, which sequence each belongs to, and how many there are over all ranks.
 
-    real_T bool; sequence_T int64, 0 <= value < num_sequences (also for padding); total and total_sequences are
-    float64 scalars over the ranks of the data group, sequences of padding alone not counted.
+    real_T, sequence_T: of each token of this rank's slice, whether it is real (bool) and its sequence (int64, also of
+    padding). tokens_S: real tokens of each sequence of the whole rows, int64. total and total_sequences are float64
+    scalars over all data ranks, sequences of padding alone not counted.
     """
 
     real_T: torch.Tensor
     sequence_T: torch.Tensor
-    num_sequences: int
+    tokens_S: torch.Tensor
     total: torch.Tensor
     total_sequences: torch.Tensor
 
     @staticmethod
     def count(mask_BL: torch.Tensor, grid: Grid, *, position_ids_BL: torch.Tensor | None = None) -> RealTokens:
-        """From the mask of a batch (nonzero = real token). Collective over the data group.
+        """From the mask of a data rank's whole rows (nonzero = real token). Collective over the data group.
 
         A sequence is a row of the batch. With `position_ids_BL` (int, zero at each document's first token) it is a
         document, so that packing several of them into a row changes nothing.
@@ -78,14 +85,13 @@ class RealTokens:
         if position_ids_BL is not None:
             starts_BL |= position_ids_BL == 0
             num_sequences = int(starts_BL.sum())
-        real_T, sequence_T = real_BL.flatten(), starts_BL.flatten().cumsum(0) - 1
-        tokens_S = _tokens_of_sequences(real_T, sequence_T, num_sequences)
+        sequence_BL = (starts_BL.flatten().cumsum(0) - 1).view_as(real_BL)
+        tokens_S = torch.zeros(num_sequences, dtype=torch.int64, device=real_BL.device)
+        tokens_S.index_add_(0, sequence_BL.flatten(), real_BL.flatten().long())
+        # Ranks that share rows all know them whole: over the data group each is counted once.
         totals = sum_over(torch.stack([tokens_S.sum(), (tokens_S > 0).sum()]), grid.data_group).double()
-        return RealTokens(real_T, sequence_T, num_sequences, totals[0], totals[1])
-
-    def tokens_S(self) -> torch.Tensor:
-        """Real tokens of each of this rank's sequences, int64."""
-        return _tokens_of_sequences(self.real_T, self.sequence_T, self.num_sequences)
+        real_T, sequence_T = (own_slice(x_BL, grid).flatten() for x_BL in (real_BL, sequence_BL))
+        return RealTokens(real_T, sequence_T, tokens_S, totals[0], totals[1])
 
 
 @dataclass
@@ -107,29 +113,56 @@ def hf(layers: list[RouterOutput], tokens: RealTokens, grid: Grid) -> torch.Tens
     As transformers does: probabilities are a softmax of the logits, and the load is that of the K most probable
     experts, whatever score, bias or group limit the router chose by. All layers must have the same E.
     """
+    parts = hf_parts(layers, tokens, grid, routers=len(layers))
+    return parts.share(parts.load_E)
+
+
+@dataclass(frozen=True)
+class HfParts:
+    """What the layers of one pipeline stage have to do with `hf`, whose product is taken of sums over all layers.
+
+    mass_E: Σ_layers Σ_t p_ti over this rank's tokens, with gradient. load_E: Σ_layers c_i over the ranks of the stage,
+    int64. rows: R = routers of all stages · n, a float64 scalar.
+    """
+
+    mass_E: torch.Tensor
+    load_E: torch.Tensor
+    rows: torch.Tensor
+
+    def weight_E(self, load_E: torch.Tensor) -> torch.Tensor:
+        """The gradient of the loss at `mass_E`, E · c_i / R², from the load of all layers. The ratio is in float64."""
+        rows = _at_least_one(self.rows, torch.float64)
+        return (len(load_E) * (load_E / rows) / rows).to(self.mass_E.dtype)
+
+    def share(self, load_E: torch.Tensor) -> torch.Tensor:
+        """This rank's share of the loss, as far as its stage's layers go, from the load of all layers."""
+        return (self.mass_E * self.weight_E(load_E)).sum()
+
+
+def hf_parts(layers: list[RouterOutput], tokens: RealTokens, grid: Grid, *, routers: int) -> HfParts:
+    """The sums of `hf` over these layers, of `routers` that the model has. Collective over the stage."""
     assert len({layer.num_experts for layer in layers}) == 1, "hf concatenates layers: all need the same experts"
     probs = [_probabilities(layer.logits_TE, "softmax", tokens.real_T) for layer in layers]
     local_E = sum(
         _load(probs_TE.topk(layer.ids_TK.shape[1]).indices, tokens.real_T, layer.num_experts)
         for layer, probs_TE in zip(layers, probs, strict=True)
     )
-    load_E = sum_over(local_E, grid.data_group)
     mass_E = sum(probs_TE.sum(0) for probs_TE in probs)
-    rows = len(layers) * tokens.total
-    return len(load_E) * _weighted(mass_E, rows, load_E, rows)
+    return HfParts(mass_E, sum_over(local_E, grid.stage_group), routers * tokens.total)
 
 
 def layer_micro(layers: list[RouterOutput], tokens: RealTokens, grid: Grid) -> torch.Tensor:
     """Share of Switch Transformer's loss (eqs. 4 to 6) per layer, with each rank's micro-batch by itself.
 
-    No exchange. The loss is the mean over *all* ranks: one without a real token counts, with loss zero. It depends on
-    how the batch is dealt: the smaller the micro-batch, the more evenly every little part of it has to be spread.
+    An exchange only between ranks that share rows. The loss is the mean over *all* ranks: one without a real token
+    counts, with loss zero. It depends on how the batch is dealt: the smaller the micro-batch, the more evenly every
+    little part of it has to be spread.
     """
-    own = tokens.real_T.sum()
+    own = tokens.tokens_S.sum()
+    local = [_load(layer.ids_TK, tokens.real_T, layer.num_experts) for layer in layers]
     share = 0.0
-    for layer in layers:
+    for layer, load_E in zip(layers, _each_over(local, grid.slice_group), strict=True):
         probs_TE = _layer_probabilities(layer, tokens)
-        load_E = _load(layer.ids_TK, tokens.real_T, layer.num_experts)
         slots = layer.ids_TK.shape[1] * own
         share = share + layer.num_experts * _weighted(probs_TE.sum(0), own, load_E, slots)
     return share / grid.data
@@ -140,16 +173,18 @@ def layer_sequence(layers: list[RouterOutput], tokens: RealTokens, grid: Grid) -
 
     Every sequence with at least one real token weighs the same, whatever its length.
     """
-    tokens_S1 = tokens.tokens_S().unsqueeze(1)
-    share = 0.0
+    tokens_S1 = tokens.tokens_S.unsqueeze(1)
+    local = []
     for layer in layers:
+        cell_TK = tokens.sequence_T.unsqueeze(1) * layer.num_experts + layer.ids_TK
+        cell_TK = torch.where(layer.ids_TK < 0, -1, cell_TK)
+        local.append(_load(cell_TK, tokens.real_T, len(tokens_S1) * layer.num_experts))
+    share = 0.0
+    for layer, load_N in zip(layers, _each_over(local, grid.slice_group), strict=True):
         experts, top_k = layer.num_experts, layer.ids_TK.shape[1]
         probs_TE = _layer_probabilities(layer, tokens)
         mass_SE = probs_TE.new_zeros(len(tokens_S1), experts).index_add(0, tokens.sequence_T, probs_TE)
-        cell_TK = tokens.sequence_T.unsqueeze(1) * experts + layer.ids_TK
-        cell_TK = torch.where(layer.ids_TK < 0, -1, cell_TK)
-        load_SE = _load(cell_TK, tokens.real_T, len(tokens_S1) * experts).view(-1, experts)
-        share = share + experts * _weighted(mass_SE, tokens_S1, load_SE, top_k * tokens_S1)
+        share = share + experts * _weighted(mass_SE, tokens_S1, load_N.view(-1, experts), top_k * tokens_S1)
     return share / _at_least_one(tokens.total_sequences, share.dtype)
 
 
@@ -160,8 +195,7 @@ def layer_global(layers: list[RouterOutput], tokens: RealTokens, grid: Grid, ste
     the whole batch; `step`, fresh at each step, is updated. The probabilities are this micro-batch's.
     """
     local = [_load(layer.ids_TK, tokens.real_T, layer.num_experts) for layer in layers]
-    load_LE = sum_over(torch.cat(local), grid.data_group).split([len(load_E) for load_E in local])
-    step.add(list(load_LE), tokens.total)
+    step.add(_each_over(local, grid.stage_group), tokens.total)
     share = 0.0
     for layer, load_E in zip(layers, step.counts_LE, strict=True):
         mass_E, slots = _layer_probabilities(layer, tokens).sum(0), layer.ids_TK.shape[1] * step.tokens
@@ -223,9 +257,11 @@ def _load(ids_TK: torch.Tensor, real_T: torch.Tensor, num_experts: int) -> torch
     return count_slots(ids_TK.masked_fill(~real_T[:, None], -1), num_experts)
 
 
-def _tokens_of_sequences(real_T: torch.Tensor, sequence_T: torch.Tensor, num_sequences: int) -> torch.Tensor:
-    tokens_S = torch.zeros(num_sequences, dtype=torch.int64, device=real_T.device)
-    return tokens_S.index_add_(0, sequence_T, real_T.long())
+def _each_over(loads: list[torch.Tensor], group: dist.ProcessGroup | None) -> list[torch.Tensor]:
+    """The sum of each load over `group`, all in one exchange."""
+    if group is None:
+        return loads
+    return list(sum_over(torch.cat(loads), group).split([len(load) for load in loads]))
 
 
 def _weighted(mass: torch.Tensor, tokens: torch.Tensor, load: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

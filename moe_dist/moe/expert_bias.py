@@ -5,7 +5,7 @@ than the mean load loses `rate` from its bias, every other one with less gains i
 
     bias_i += rate · sign(mean_j load_j − load_i)
 
-Loads are those of the whole step: all micro-batches, all ranks of the data group, real tokens only, as chosen (before
+Loads are those of the whole step: all micro-batches, all ranks of the stage, real tokens only, as chosen (before
 any capacity limit). The sign is taken of integers, so that all ranks compute the very same bits.
 """
 
@@ -53,7 +53,7 @@ class ExpertBias:
         """Update the biases by the load since the last call, after the optimizer's step. Collective."""
         if not self.sites:
             return
-        loads = sum_over(torch.cat(self._loads), self.grid.data_group).split([len(load_E) for load_E in self._loads])
+        loads = sum_over(torch.cat(self._loads), self.grid.stage_group).split([len(load_E) for load_E in self._loads])
         for site, load_E in zip(self.sites, loads, strict=True):
             bias = site.bias
             assert bias.dtype == torch.float32, f"{site.name}: the bias is {bias.dtype}, its small steps would be lost"

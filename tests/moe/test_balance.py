@@ -14,7 +14,7 @@ from moe_dist.moe.balance import RealTokens, RouterOutput, StepLoad
 from moe_dist.parallel.grid import Grid, build_grid
 from tests.reference import relative_error
 
-LAYERS, EXPERTS, TOP_K, LENGTH = 3, 6, 2, 5
+LAYERS, EXPERTS, TOP_K, LENGTH = 3, 6, 2, 8
 FORMS = ["hf", "layer_micro", "layer_sequence", "layer_global", "z_loss"]
 
 
@@ -47,7 +47,7 @@ def problem(case: Case, micro: int) -> dict:
     ids = torch.rand(LAYERS, batch, LENGTH, EXPERTS, generator=generator).argsort(-1)[..., :TOP_K]
     mask = torch.ones(batch, LENGTH, dtype=torch.long)
     if case.padding == "some":
-        mask[:, 3:] = torch.rand(batch, 2, generator=generator) > 0.5
+        mask[:, 3:] = torch.rand(batch, LENGTH - 3, generator=generator) > 0.5
         mask[:1, :3] = 0
     elif case.padding == "a rank":
         mask[list(deal(case, micro, 4)[1])] = 0
@@ -62,14 +62,16 @@ def problem(case: Case, micro: int) -> dict:
 my_grid = cache(build_grid)  # setting up the groups costs more than a test
 
 
-def shares_on_a_rank(case: Case, form: str) -> list[dict]:
-    """This rank's share of every micro-batch and the gradient at its logits."""
-    grid = my_grid()
+def shares_on_a_rank(case: Case, form: str, axes: dict[str, int] | None = None) -> list[dict]:
+    """This rank's share of every micro-batch and the gradient at its logits. axes: sizes over which rows are cut."""
+    grid = my_grid(**(axes or {}))
     step, results = StepLoad(), []
     for micro in range(len(case.rows)):
-        data, mine = problem(case, micro), list(deal(case, micro, grid.world)[grid.rank])
-        logits = data["logits"][:, mine].flatten(1, 2).requires_grad_()
-        ids = data["ids"][:, mine].flatten(1, 2)
+        data, mine = problem(case, micro), list(deal(case, micro, grid.data)[grid.data_rank])
+        length = LENGTH // grid.slices
+        places = slice(grid.slice_rank * length, (grid.slice_rank + 1) * length)
+        logits = data["logits"][:, mine, places].flatten(1, 2).requires_grad_()
+        ids = data["ids"][:, mine, places].flatten(1, 2)
         layers = [RouterOutput(*pair, score=case.score) for pair in zip(logits, ids, strict=True)]
         positions = data["positions"][mine] if case.documents else None
         tokens = RealTokens.count(data["mask"][mine], grid, position_ids_BL=positions)
@@ -80,7 +82,7 @@ def shares_on_a_rank(case: Case, form: str) -> list[dict]:
         else:
             share = getattr(balance, form)(layers, tokens, grid)
         share.backward()
-        shape = (LAYERS, len(mine), LENGTH, EXPERTS)
+        shape = (LAYERS, len(mine), length, EXPERTS)
         results.append({"share": share.detach(), "grad": logits.grad.view(shape)})
     return results
 
@@ -140,14 +142,18 @@ def reference(case: Case, form: str, micro: int, logits: torch.Tensor, world: in
     return loss
 
 
-def compare(case: Case, form: str, world: int, results: list, tolerance: float) -> None:
+def compare(case: Case, form: str, world: int, results: list, tolerance: float, slices: int = 1) -> None:
     for micro in range(len(case.rows)):
         logits = problem(case, micro)["logits"].double().requires_grad_()
-        expected = reference(case, form, micro, logits, world) + 0.0 * logits.sum()  # a graph, also without tokens
+        expected = (
+            reference(case, form, micro, logits, world // slices) + 0.0 * logits.sum()
+        )  # a graph, also without tokens
         expected.backward()
         got = sum(result[micro]["share"] for result in results)
         assert got.item() == pytest.approx(expected.item(), rel=tolerance, abs=0)
-        assert relative_error(torch.cat([result[micro]["grad"] for result in results], dim=1), logits.grad) < tolerance
+        parts = [result[micro]["grad"] for result in results]
+        rows = [torch.cat(parts[first : first + slices], dim=2) for first in range(0, world, slices)]
+        assert relative_error(torch.cat(rows, dim=1), logits.grad) < tolerance
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -156,6 +162,15 @@ def compare(case: Case, form: str, world: int, results: list, tolerance: float) 
 def test_shares_sum_to_the_loss_of_one_process(ranks, form, padding, world):
     case = Case(padding=padding)
     compare(case, form, world, ranks(world, shares_on_a_rank, case, form), 1e-12)
+
+
+@pytest.mark.parametrize("axes", [{"sequence": 2}, {"tensor": 2}, {"sequence": 2, "tensor": 2}])
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_cut_over_ranks(ranks, form, axes):
+    """Documents begin in one slice and end in another; of four ranks two are data ranks, or all share the rows."""
+    case = Case(rows=((2, 3, 0, 1), (1, 1, 1, 1)), padding="some", documents=form == "layer_sequence")
+    results = ranks(4, shares_on_a_rank, case, form, axes)
+    compare(case, form, 4, results, 1e-12, slices=axes.get("sequence", 1) * axes.get("tensor", 1))
 
 
 @pytest.mark.parametrize("form", ["layer_micro", "layer_sequence", "layer_global"])
