@@ -19,6 +19,7 @@ from moe_dist.train.engine import build_engine
 from moe_dist.train.evaluate import held_out
 from moe_dist.train.losses import count_labels, label_loss_sum
 from moe_dist.train.routing import Routing
+from moe_dist.train.rows import rank_rows
 
 
 def train(
@@ -45,7 +46,7 @@ def train(
         routing.start_step()
         with routing.listening():
             loss = label_loss_sum(forward(engine.module, batch), batch["labels"])
-        engine.backward(loss / count_labels(batch["labels"]) + routing.loss_share(batch))
+        engine.backward(loss / count_labels(batch["labels"]) + routing.loss_share(rank_rows(batch, grid)))
         result = engine.step(rate(step))
         assert not result.skipped, f"step {step}: a loss or a gradient is not finite"
         routing.end_step(skipped=False)

@@ -33,6 +33,7 @@ from moe_dist.train.engine import build_engine
 from moe_dist.train.losses import label_loss_sum
 from moe_dist.train.replicas import check_replicas
 from moe_dist.train.routing import Routing
+from moe_dist.train.rows import rank_rows
 from moe_dist.train.start import meet
 from moe_dist.train.stop import StopFlag
 
@@ -91,13 +92,14 @@ def measure(blocks: int) -> Iterator[dict | str]:
                     routing.start_step()
                     guard.beat("forward")
                     before = waited()
-                routing.see(batch)
+                rows = rank_rows(batch, grid)
+                routing.see(rows.real_BS)
                 with routing.listening():
                     loss = label_loss_sum(engine.forward(**inputs).logits, batch["labels"])
                 if on:
                     guard.worked(time.perf_counter() - start - (waited() - before))
                     guard.beat("backward")
-                engine.backward(loss / labels + routing.loss_share(batch))
+                engine.backward(loss / labels + routing.loss_share(rows))
                 if on:
                     guard.beat("the update")
                 engine.step(1e-4)

@@ -11,7 +11,7 @@ from moe_dist import checkpoint
 from moe_dist.checkpoint import SINGLE, Group
 from moe_dist.config.load import load
 from moe_dist.config.schema import RunConfig
-from moe_dist.data.attention import check_packing, model_inputs
+from moe_dist.data.attention import check_packing
 from moe_dist.data.loader import build_data
 from moe_dist.errors import UserError
 from moe_dist.models.export import export_model
@@ -22,6 +22,7 @@ from moe_dist.train.evaluate import held_out
 from moe_dist.train.loop import to_device
 from moe_dist.train.lora import write_adapter
 from moe_dist.train.routing import Routing
+from moe_dist.train.rows import model_inputs, rank_rows
 from moe_dist.train.start import start_ranks
 
 
@@ -80,8 +81,9 @@ def evaluate_run(config: RunConfig, *, weights: str | None = None) -> tuple[int 
     routing = Routing(model, config.moe, grid)
 
     def forward(batch: dict):
-        routing.see(batch)
-        return model(**model_inputs(batch, model.config, dtype=model.dtype)).logits
+        part = rank_rows(batch, grid)
+        routing.see(part.real_BS)
+        return model(**model_inputs(part, model.config, dtype=model.dtype)).logits
 
     results = {}
     for domain, rows in data.eval.items():

@@ -11,7 +11,7 @@ import torch
 from moe_dist import checkpoint
 from moe_dist.config.checks import accumulation, check_layout
 from moe_dist.config.schema import RunConfig
-from moe_dist.data.attention import check_packing, model_inputs
+from moe_dist.data.attention import check_packing
 from moe_dist.data.loader import build_data
 from moe_dist.errors import EXIT_OK, EXIT_PREEMPTED, PolicyStop, UserError
 from moe_dist.train import run_folder, state
@@ -27,6 +27,7 @@ from moe_dist.train.proof import ChangeProof
 from moe_dist.train.ranks import Together, ranks_together
 from moe_dist.train.replicas import check_replicas
 from moe_dist.train.routing import Routing
+from moe_dist.train.rows import model_inputs, rank_rows
 from moe_dist.train.saving import Saver
 from moe_dist.train.schedule import learning_rate
 from moe_dist.train.skipped import suspects
@@ -121,8 +122,9 @@ def _train(config: RunConfig, ranks: Together, *, resume: str, overwrite: bool, 
             )
 
     def forward(batch: dict) -> torch.Tensor:
-        routing.see(batch)
-        return engine.forward(**model_inputs(batch, model.config, dtype=model.dtype)).logits
+        rows = rank_rows(batch, grid)
+        routing.see(rows.real_BS)
+        return engine.forward(**model_inputs(rows, model.config, dtype=model.dtype)).logits
 
     def moved(batches: Iterable[dict]) -> Iterator[dict]:
         for batch in batches:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_dist.data.attention import model_inputs
 from moe_dist.launch.guard import NO_GUARD, Guard
 from moe_dist.parallel.collectives import waited
 from moe_dist.parallel.grid import Grid
 from moe_dist.train.engine import Engine
 from moe_dist.train.losses import label_loss_sum
 from moe_dist.train.routing import Routing
+from moe_dist.train.rows import model_inputs, rank_rows
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,15 @@ def run_passes(
     for batch in batches:
         guard.beat("forward")
         started, waited_before = time.perf_counter(), waited()
-        routing.see(batch)
+        rows = rank_rows(batch, grid)
+        routing.see(rows.real_BS)
         with routing.listening():
-            logits = engine.forward(**model_inputs(batch, model.config, dtype=model.dtype)).logits
+            logits = engine.forward(**model_inputs(rows, model.config, dtype=model.dtype)).logits
             loss = label_loss_sum(logits, batch["labels"])
         loss_sum += loss.detach()
         work += time.perf_counter() - started - (waited() - waited_before)
         guard.beat("backward")
         finite.append(loss.detach().isfinite())
         # The mean of the routing losses over micro-batches; see `moe.balance`.
-        engine.backward(loss / max(labels, 1) + routing.loss_share(batch) / len(batches))
+        engine.backward(loss / max(labels, 1) + routing.loss_share(rows) / len(batches))
     return Passes(loss_sum, finite, work)

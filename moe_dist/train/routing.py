@@ -14,6 +14,7 @@ from moe_dist.moe.expert_bias import ExpertBias
 from moe_dist.moe.router_tap import RouterTap, double_balance_warning
 from moe_dist.moe.statistics import LoadStatistics, rank_load_max, summarise
 from moe_dist.parallel.grid import Grid
+from moe_dist.train.rows import Rows
 from moe_dist.train.trainable import layer_index
 
 
@@ -58,9 +59,9 @@ class Routing:
         if self.tap:
             self.tap.start_step()
 
-    def see(self, batch: dict) -> None:
-        """Tell the experts which tokens of the coming forward are padding."""
-        real_T = batch["attention_mask"].flatten().bool()
+    def see(self, real_BS: torch.Tensor) -> None:
+        """Tell the experts which tokens of this rank's slice are real in the coming forward, and not padding."""
+        real_T = real_BS.flatten()
         for _, layer in self.layers:
             layer.token_mask_T = real_T
 
@@ -68,7 +69,7 @@ class Routing:
         """The context of a training forward whose `loss_share` is wanted."""
         return self.tap or contextlib.nullcontext()
 
-    def loss_share(self, batch: dict) -> torch.Tensor | float:
+    def loss_share(self, rows: Rows) -> torch.Tensor | float:
         """This rank's share of the routing losses of the last forward, coefficients applied (see `moe.balance`)."""
         if self.tap is None:
             return 0.0
@@ -76,9 +77,9 @@ class Routing:
             self.settings.balance_loss,
             coef=self.settings.balance_coef,
             z_coef=self.settings.z_loss_coef,
-            mask_BL=batch["attention_mask"],
+            mask_BL=rows.batch["attention_mask"],
             grid=self.grid,
-            position_ids_BL=batch["position_ids"],
+            position_ids_BL=rows.batch["position_ids"],
         ).share
 
     def end_step(self, *, skipped: bool) -> None:

@@ -9,7 +9,7 @@ import torch
 from moe_dist.checkpoint import fingerprint
 from moe_dist.config.expert_files import Summary
 from moe_dist.config.schema import RunConfig, TrainableSection
-from moe_dist.data.attention import check_packing, model_inputs
+from moe_dist.data.attention import check_packing
 from moe_dist.data.fingerprint import digest
 from moe_dist.data.loader import TrainData, build_data
 from moe_dist.errors import UserError
@@ -18,6 +18,7 @@ from moe_dist.parallel.grid import build_grid
 from moe_dist.train.build import ModelPlan, build_model, load_tokenizer, plan_model
 from moe_dist.train.loop import to_device
 from moe_dist.train.routing import Routing
+from moe_dist.train.rows import model_inputs, rank_rows
 from moe_dist.train.start import on_rank_zero, start_ranks
 
 SAMPLE_TOKENS = 131_072  # the paper's: 32 sequences of 4,096
@@ -56,9 +57,10 @@ def score_run(
     with RoutingScores(model, grid, count_tokens=count_tokens) as listener:
         for batch in batches:
             batch = to_device(batch, device)
-            routing.see(batch)
+            part = rank_rows(batch, grid)
+            routing.see(part.real_BS)
             listener.see(batch)
-            model(**model_inputs(batch, model.config, dtype=model.dtype))
+            model(**model_inputs(part, model.config, dtype=model.dtype))
     extra = {
         "model": {"name": config.model.path, "fingerprint": on_rank_zero(lambda: _identity(config, plan))},
         "data": {"fingerprint": data.train.sampler.fingerprint, "seed": config.run.seed, "rows": rows},

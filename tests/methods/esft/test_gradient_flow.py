@@ -13,6 +13,7 @@ from moe_dist.models.surgery import moe_layers
 from moe_dist.moe import layer as moe_layer
 from moe_dist.train.losses import label_loss_sum
 from moe_dist.train.routing import Routing
+from moe_dist.train.rows import rank_rows
 from tests.methods.esft.cases import batch, built, configured
 from tests.models.tiny import make_folder
 
@@ -29,11 +30,12 @@ def backward(folder: str, experts: dict, **moe):
     model, grid = built(configured(folder, experts, moe=moe))
     routing = Routing(model, configured(folder, experts, moe=moe).moe, grid)
     data = batch()
+    rows = rank_rows(data, grid)
     routing.start_step()
-    routing.see(data)
+    routing.see(rows.real_BS)
     with routing.listening():
         logits = model(**model_inputs(data, model.config)).logits
-    (label_loss_sum(logits, data["labels"]) / 46 + routing.loss_share(data)).backward()
+    (label_loss_sum(logits, data["labels"]) / 46 + routing.loss_share(rows)).backward()
     return model
 
 
