@@ -33,6 +33,16 @@ def scatter_sum(partial_BMH: torch.Tensor, grid: Grid) -> torch.Tensor:
     return _ScatterSum.apply(partial_BMH, grid.tensor, grid.tensor_group)
 
 
+def own_ids(ids: torch.Tensor, part: int, size: int, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of token ids of a vocabulary of `parts` parts of `size`: their places in part `part`, and which lie in another.
+
+    Those have place 0. An id of no part keeps a place outside, so that a lookup with it fails as it does uncut.
+    """
+    places = ids - part * size
+    elsewhere = ((places < 0) | (places >= size)) & (ids >= 0) & (ids < parts * size)
+    return places.masked_fill(elsewhere, 0), elsewhere
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, size, group):

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from moe_dist.parallel import traffic
+from moe_dist.parallel.grid import build_grid
 from moe_dist.train import losses
-from moe_dist.train.losses import IGNORE, count_labels, label_loss_sum, next_labels
+from moe_dist.train.losses import IGNORE, count_labels, label_loss_sum, next_labels, target_loss_sum
 
 
 def test_equals_transformers_loss_times_its_tokens():
@@ -76,3 +78,51 @@ def test_keeps_the_logits_once():
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.nbytes), lambda kept: kept):
         label_loss_sum(logits, torch.randint(0, 50, (4, 65)))
     assert sum(kept) == logits.nbytes + 4 * 65 * (8 + 4)
+
+
+def test_a_target_of_no_logit_is_an_error():
+    with pytest.raises((IndexError, RuntimeError)):
+        target_loss_sum(torch.randn(1, 2, 5), torch.tensor([[1, 5]]))
+
+
+def _over_the_vocabulary(dtype, block):
+    """One of the ranks: its part of the logits; the last row has no target, the first ones one at each part's edges."""
+    losses._BLOCK, before = block, losses._BLOCK
+    try:
+        grid = build_grid(tensor=torch.distributed.get_world_size())
+        torch.manual_seed(0)
+        whole = (3 * torch.randn(2, 5, 12)).to(dtype)
+        targets = torch.tensor([[0, 11, 5, 6, 3], [2, 8, IGNORE, 9, IGNORE]])
+        wide = whole.double().requires_grad_()
+        expected = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+        (0.37 * expected).backward()
+        part = slice(grid.rank * 12 // grid.tensor, (grid.rank + 1) * 12 // grid.tensor)
+        logits = whole[..., part].clone().requires_grad_()
+        with traffic.count_traffic() as counted:
+            loss = target_loss_sum(logits, targets, group=grid.tensor_group)
+            (0.37 * loss).backward()
+    finally:
+        losses._BLOCK = before
+    # A log-sum-exp between 8 and 16 is rounded by 5e-7, on its part and again, and a probability as much, relatively.
+    rounding = {torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
+    torch.testing.assert_close(loss.double() * grid.tensor, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(logits.grad.double(), wide.grad[..., part], rtol=rounding, atol=1e-8)
+    assert counted.bytes() == (grid.tensor - 1) * 10 * 2 * 4
+    return loss.item()
+
+
+@pytest.mark.parametrize("block", [1, 1 << 21])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_over_parts_of_the_vocabulary(ranks, dtype, block):
+    shares = ranks(2, _over_the_vocabulary, dtype, block)
+    assert shares[0] == shares[1]
+
+
+def _out_of_every_part():
+    with pytest.raises((IndexError, RuntimeError)):
+        target_loss_sum(torch.randn(1, 2, 5), torch.tensor([[1, 10]]), group=build_grid(tensor=2).tensor_group)
+
+
+def test_over_parts_of_the_vocabulary_by_four_and_outside(ranks):
+    ranks(4, _over_the_vocabulary, torch.float32, 1 << 21)
+    ranks(2, _out_of_every_part)
