@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
 
+from moe_dist.checkpoint.blocks import Block, bands, blocks_of, split_rows, width_of
 from moe_dist.checkpoint.format import TensorInfo
 from moe_dist.checkpoint.fragments import Range
 from moe_dist.checkpoint.index import Stored
@@ -56,26 +58,42 @@ def _differences(held: TensorInfo, wanted: TensorInfo) -> list[str]:
 
 
 def _tiling(kind: str, whole: Range, pieces: list[Stored]) -> list[str]:
-    problems, reached, previous = [], 0, None
-    for piece in sorted(pieces, key=lambda piece: (piece.range.offset, piece.range.length)):
-        offset, length = piece.range.offset, piece.range.length
-        if offset > reached:
-            problems.append(f"{kind} of {_part(whole, reached, offset)}: in no file")
-        if offset < reached and previous is not None:
-            overlap = _part(whole, offset, min(reached, offset + length))
-            problems.append(f"{kind} of {overlap}: twice, in {previous.file} and in {piece.file}")
-        if previous is not None and piece.dtype != previous.dtype:
-            problems.append(
-                f"{kind} of {piece.range}: {piece.dtype} in {piece.file}, but {previous.dtype} in {previous.file}"
-            )
-        if offset + length >= reached:
-            reached, previous = offset + length, piece
-    if reached < whole.length:
-        problems.append(f"{kind} of {_part(whole, reached, whole.length)}: in no file")
-    if reached > whole.length and previous is not None:
-        problems.append(f"{kind} of {previous.range} in {previous.file}: the tensor has {whole.length} elements only")
+    ranges = [piece.range for piece in pieces]
+    width = width_of(ranges, whole.length)
+    placed = [(block, piece) for piece in pieces for block in blocks_of(piece.range, width)]
+    problems = []
+    for top, bottom, stop, row in bands(placed, split_rows(0, whole.length, width)):
+        problems += _row_problems(
+            kind, row, stop, lambda start, end, t=top, b=bottom: _part(whole, width, t, b, start, end)
+        )
+    for one, other in pairwise(sorted(pieces, key=lambda piece: (piece.range.offset, piece.range.length))):
+        if one.dtype != other.dtype:
+            problems.append(f"{kind} of {other.range}: {other.dtype} in {other.file}, but {one.dtype} in {one.file}")
+    last = max(pieces, key=lambda piece: piece.range.end, default=None)
+    if last is not None and last.range.end > whole.length:
+        problems.append(f"{kind} of {last.range} in {last.file}: the tensor has {whole.length} elements only")
     return problems
 
 
-def _part(whole: Range, start: int, stop: int) -> Range:
-    return Range(whole.name, whole.expert, start, stop - start)
+def _row_problems(
+    kind: str, row: list[tuple[Block, Stored]], stop: int, part: Callable[[int, int], Range]
+) -> list[str]:
+    """What is wrong in a row of `stop` elements; part(start, end) names elements of it."""
+    problems, reached, previous = [], 0, None
+    for block, piece in row:
+        if block.column > reached:
+            problems.append(f"{kind} of {part(reached, block.column)}: in no file")
+        if block.column < reached and previous is not None:
+            overlap = part(block.column, min(reached, block.right))
+            problems.append(f"{kind} of {overlap}: twice, in {previous.file} and in {piece.file}")
+        if block.right >= reached:
+            reached, previous = block.right, piece
+    if reached < stop:
+        problems.append(f"{kind} of {part(reached, stop)}: in no file")
+    return problems
+
+
+def _part(whole: Range, width: int, top: int, bottom: int, start: int, stop: int) -> Range:
+    """Columns `[start, stop)` of rows `[top, bottom)`."""
+    repeated = (bottom - top, width) if bottom - top > 1 else (1, 0)
+    return Range(whole.name, whole.expert, top * width + start, stop - start, *repeated)

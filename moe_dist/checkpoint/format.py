@@ -27,7 +27,8 @@ from typing import Any
 from moe_dist.checkpoint.errors import CheckpointError
 from moe_dist.checkpoint.fragments import NOT_EXPERT
 
-VERSION = 1
+VERSION = 2
+_READABLE = (1, VERSION)  # 1 had no fragments of several runs
 LATEST = "latest"
 BEST = "best"
 MANIFEST = "manifest.json"
@@ -217,8 +218,10 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         raise CheckpointError(f"{where}: {error.strerror}") from None
     value = decode(data, where=where)
-    if value.get("version") != VERSION:
-        raise CheckpointError(f"{where}: checkpoint format {value.get('version')!r}; this version reads {VERSION}")
+    if value.get("version") not in _READABLE:
+        raise CheckpointError(
+            f"{where}: checkpoint format {value.get('version')!r}; this version of moe_dist reads 1 to {VERSION}"
+        )
     if value.pop("sha256", None) != _own_sha256(value):
         raise CheckpointError(f"{where}: damaged, its own sha256 differs")
     try:

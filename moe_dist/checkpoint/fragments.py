@@ -4,6 +4,9 @@ A rank holds a stacked expert parameter `[S, ...]`, S seats, each the home of on
 seat). ZeRO cuts the flattened parameter anywhere. A checkpoint knows neither seats nor cuts: it knows elements
 `[offset, offset + length)` of the flattened tensor of one global expert. A parameter that is no expert's is a stack
 of one seat whose id is `NOT_EXPERT`.
+
+Of a tensor that is cut over the tensor axis a rank holds a part, whose elements lie in the whole one as runs of equal
+length at equal distances: one run where it is cut along its first dimension, one a row where along its second.
 """
 
 from __future__ import annotations
@@ -13,35 +16,62 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_dist.checkpoint.blocks import split_rows
+
 NOT_EXPERT = -1
 
 
 @dataclass(frozen=True)
-class Fragment:
-    """`tensor`, 1-D: elements `[offset, offset + numel)` of the flat tensor `name` (of its expert `expert`)."""
-
-    name: str
-    expert: int
-    offset: int
-    tensor: torch.Tensor
-
-
-@dataclass(frozen=True)
 class Range:
-    """Elements `[offset, offset + length)` of the flat tensor `name` (of its expert `expert`)."""
+    """Elements `[offset, offset + length)` of the flat tensor `name` (of its expert `expert`).
+
+    With `runs` > 1 they are repeated: run k is `[offset + k·stride, offset + k·stride + length)`.
+    """
 
     name: str
     expert: int
     offset: int
     length: int
+    runs: int = 1
+    stride: int = 0
+
+    @property
+    def numel(self) -> int:
+        return self.runs * self.length
+
+    @property
+    def end(self) -> int:
+        """One past the last element."""
+        return self.offset + (self.runs - 1) * self.stride + self.length
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """The range as a view `[runs, length]` of the whole tensor's flat elements."""
+        return flat.as_strided((self.runs, self.length), (self.stride, 1), flat.storage_offset() + self.offset)
 
     def __str__(self) -> str:
-        return f"{label(self.name, self.expert)} [{self.offset}, {self.offset + self.length})"
+        first = f"{label(self.name, self.expert)} [{self.offset}, {self.offset + self.length})"
+        return first if self.runs == 1 else f"{first} and {self.runs - 1} more, each {self.stride} on"
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """`tensor`, 1-D: the elements of a `Range` of `numel` elements, one after the other."""
+
+    name: str
+    expert: int
+    offset: int
+    tensor: torch.Tensor
+    runs: int = 1
+    stride: int = 0
+
+    @property
+    def range(self) -> Range:
+        return Range(self.name, self.expert, self.offset, self.tensor.numel() // self.runs, self.runs, self.stride)
 
 
 @dataclass(frozen=True)
 class Place:
-    """A range of a global tensor and where it lies in a local flat buffer: `[start, start + range.length)`."""
+    """A range of a global tensor and where it lies in a local flat buffer: `[start, start + range.numel)`."""
 
     range: Range
     start: int
@@ -80,6 +110,30 @@ def wanted_for(
     return places
 
 
+def wanted_for_part(name: str, *, run: int, first: int, stride: int, flat_offset: int, length: int) -> list[Place]:
+    """The global ranges, three at most, behind elements `[flat_offset, flat_offset + length)` of a local part.
+
+    The part consists of runs of `run` elements; its k-th run begins at element `first + k·stride` of the whole tensor.
+    """
+    places = []
+    for block in split_rows(flat_offset, length, run):
+        offset = first + block.row * stride + block.column
+        repeated = (block.rows, stride) if block.rows > 1 else (1, 0)
+        places.append(Place(Range(name, NOT_EXPERT, offset, block.columns, *repeated), block.start))
+    return places
+
+
+def cut_at(places: Sequence[Place], tensor: torch.Tensor) -> list[Fragment]:
+    """The fragments, views of `tensor` (1-D), that lie at `places` in it."""
+    assert tensor.dim() == 1, tuple(tensor.shape)
+    fragments = []
+    for place in places:
+        at = place.range
+        elements = tensor[place.start : place.start + at.numel]
+        fragments.append(Fragment(at.name, at.expert, at.offset, elements, at.runs, at.stride))
+    return fragments
+
+
 def split_flat(
     name: str,
     seat_ids: Sequence[int | None],
@@ -91,8 +145,4 @@ def split_flat(
 
     The fragments are views. Pad seats are dropped.
     """
-    assert tensor.dim() == 1, tuple(tensor.shape)
-    return [
-        Fragment(name, place.range.expert, place.range.offset, tensor[place.start : place.start + place.range.length])
-        for place in wanted_for(name, seat_ids, per_expert_numel, flat_offset, tensor.numel())
-    ]
+    return cut_at(wanted_for(name, seat_ids, per_expert_numel, flat_offset, tensor.numel()), tensor)

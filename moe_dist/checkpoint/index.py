@@ -13,7 +13,7 @@ from moe_dist.checkpoint.fragments import NOT_EXPERT, Range
 
 @dataclass(frozen=True)
 class Stored:
-    """A fragment as its file holds it: a 1-D tensor of `range.length` elements."""
+    """A fragment as its file holds it: a 1-D tensor of `range.numel` elements."""
 
     file: str
     kind: str
@@ -37,6 +37,7 @@ def encode_index(rank: int, file: str, stored: Sequence[Stored]) -> bytes:
             "offset": piece.range.offset,
             "length": piece.range.length,
             "dtype": piece.dtype,
+            **({"runs": piece.range.runs, "stride": piece.range.stride} if piece.range.runs > 1 else {}),
         }
         for piece in stored
     ]
@@ -53,7 +54,14 @@ def decode_index(data: bytes, *, where: str) -> list[Stored]:
             Stored(
                 file,
                 str(entry["kind"]),
-                Range(str(entry["name"]), int(entry["expert"]), int(entry["offset"]), int(entry["length"])),
+                Range(
+                    str(entry["name"]),
+                    int(entry["expert"]),
+                    int(entry["offset"]),
+                    int(entry["length"]),
+                    int(entry.get("runs", 1)),
+                    int(entry.get("stride", 0)),
+                ),
                 str(entry["dtype"]),
             )
             for entry in value["fragments"]
@@ -63,8 +71,10 @@ def decode_index(data: bytes, *, where: str) -> list[Stored]:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{where}: not an index ({type(error).__name__}: {error})") from None
     for piece in stored:
-        if piece.range.offset < 0 or piece.range.length < 1 or piece.range.expert < NOT_EXPERT:
-            raise CheckpointError(f"{where}: impossible fragment {piece.kind} of {piece.range}")
+        at = piece.range
+        apart = at.runs == 1 or (at.runs > 1 and at.stride >= at.length)
+        if at.offset < 0 or at.length < 1 or at.expert < NOT_EXPERT or not apart:
+            raise CheckpointError(f"{where}: impossible fragment {piece.kind} of {at}")
     return stored
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from moe_dist.checkpoint.blocks import Block, bands, blocks_of, width_of
 from moe_dist.checkpoint.coverage import catalogue_differences
 from moe_dist.checkpoint.errors import CheckpointError
 from moe_dist.checkpoint.fingerprint import fingerprint
@@ -48,7 +48,8 @@ class Checkpoint:
         for rank in range(manifest.world):
             for piece in read_index(path, manifest, rank):
                 pieces[piece.kind, piece.range.name, piece.range.expert].append(piece)
-        self._pieces = {key: sorted(found, key=lambda p: p.range.offset) for key, found in pieces.items()}
+        self._pieces = dict(pieces)
+        self._placed: dict[tuple[str, str, int, int], list[tuple[Block, Stored]]] = {}
         self._files: dict[str, TensorFile] = {}
 
     def __enter__(self) -> Checkpoint:
@@ -66,7 +67,7 @@ class Checkpoint:
         tensors = []
         for at in wanted:
             first = self._holders(kind, at)[0]
-            tensor = torch.empty(at.length, dtype=_TORCH_DTYPES[first.dtype])
+            tensor = torch.empty(at.numel, dtype=_TORCH_DTYPES[first.dtype])
             self.fill(kind, [Place(at, 0)], tensor)
             tensors.append(tensor)
         return tensors
@@ -114,41 +115,54 @@ class Checkpoint:
             )
 
     def _copy(self, kind: str, place: Place, flat: torch.Tensor) -> None:
-        at, reached, stop = place.range, place.range.offset, place.range.offset + place.range.length
-        for piece in self._holders(kind, at):
-            if piece.range.offset > reached:
-                raise self._hole(kind, at, reached, piece.range.offset)
-            if piece.dtype != DTYPES[flat.dtype]:
-                raise CheckpointError(
-                    f"{self.path}: {kind} of {piece.range} is {piece.dtype}, not {DTYPES[flat.dtype]}"
-                )
-            start = reached - piece.range.offset
-            count = min(stop - reached, piece.range.length - start)
-            part = self._open(piece.file).read(
-                piece.key, start, start + count, dtype=piece.dtype, numel=piece.range.length
+        at = place.range
+        pieces = self._holders(kind, at)
+        width = width_of([*(piece.range for piece in pieces), at], at.end)
+        held = self._blocks(kind, at, pieces, width)
+        for wanted in blocks_of(at, width):
+            target = flat[place.start + wanted.start :][: wanted.rows * wanted.columns].view(
+                wanted.rows, wanted.columns
             )
-            to = place.start + reached - at.offset
-            flat[to : to + count].copy_(part)
-            reached += count
-            if reached == stop:
-                return
-        raise self._hole(kind, at, reached, stop)
+            overlapping = []
+            for block, piece in held:
+                common = wanted.common(block)
+                if common is not None:
+                    overlapping.append((common, piece))
+                    part = target[common.row - wanted.row : common.bottom - wanted.row]
+                    part = part[:, common.column - wanted.column : common.right - wanted.column]
+                    part.copy_(self._elements(piece, block, common, flat.dtype))
+            for top, bottom, _, row in bands(overlapping, [wanted]):
+                reached = wanted.column
+                for block in [*(block for block, _ in row), Block(top, 1, wanted.right, 0, 0)]:
+                    if block.column > reached:
+                        repeated = (bottom - top, width) if bottom - top > 1 else (1, 0)
+                        missing = Range(at.name, at.expert, top * width + reached, block.column - reached, *repeated)
+                        raise CheckpointError(f"{self.path}: {kind} of {missing}: in no file")
+                    reached = max(reached, block.right)
+
+    def _elements(self, piece: Stored, block: Block, part: Block, dtype: torch.dtype) -> torch.Tensor:
+        """`part` of a block of a stored fragment, `[rows, columns]`."""
+        if piece.dtype != DTYPES[dtype]:
+            raise CheckpointError(f"{self.path}: {piece.kind} of {piece.range} is {piece.dtype}, not {DTYPES[dtype]}")
+        first = block.start + (part.row - block.row) * block.columns + part.column - block.column
+        stop = first + (part.rows - 1) * block.columns + part.columns
+        read = self._open(piece.file).read(piece.key, first, stop, dtype=piece.dtype, numel=piece.range.numel)
+        return read.as_strided((part.rows, part.columns), (block.columns, 1))
+
+    def _blocks(self, kind: str, at: Range, pieces: list[Stored], width: int) -> list[tuple[Block, Stored]]:
+        key = (kind, at.name, at.expert, width)
+        if key not in self._placed:
+            self._placed[key] = [(block, piece) for piece in pieces for block in blocks_of(piece.range, width)]
+        return self._placed[key]
 
     def _holders(self, kind: str, at: Range) -> list[Stored]:
-        """The fragments of a tensor from the one that holds the range's first element on."""
+        """The fragments of a tensor."""
         pieces = self._pieces.get((kind, at.name, at.expert))
         if not pieces:
             known = at.name in self.catalogue
             which = label(at.name, at.expert) if known else at.name
             raise CheckpointError(f"{self.path}: holds no {kind} of {which}")
-        first = bisect_right([piece.range.offset for piece in pieces], at.offset) - 1
-        if first < 0:
-            raise self._hole(kind, at, at.offset, pieces[0].range.offset)
-        return pieces[first:]
-
-    def _hole(self, kind: str, at: Range, start: int, stop: int) -> CheckpointError:
-        missing = Range(at.name, at.expert, start, stop - start)
-        return CheckpointError(f"{self.path}: {kind} of {missing}: in no file")
+        return pieces
 
     def _open(self, file: str) -> TensorFile:
         if file not in self._files:

@@ -159,7 +159,7 @@ def _tensor_problems(path: Path, name: str, stored: list[Stored]) -> list[str]:
     except CheckpointError as error:
         return [str(error)]
     for piece in stored:
-        length = piece.range.length
+        length = piece.range.numel
         try:
             tensor = file.read(piece.key, 0, length, dtype=piece.dtype, numel=length)
         except CheckpointError as error:

@@ -44,7 +44,7 @@ from moe_dist.checkpoint.format import (
     read_manifest,
     step_name,
 )
-from moe_dist.checkpoint.fragments import Fragment, Range
+from moe_dist.checkpoint.fragments import Fragment
 from moe_dist.checkpoint.group import SINGLE, Group, all_or_none
 from moe_dist.checkpoint.index import Stored, decode_index, encode_index
 from moe_dist.checkpoint.tensorfile import DTYPES, lay_out, write_layout, write_stream
@@ -166,8 +166,7 @@ class _Save:
         stored, named = [], []
         for kind, pieces in self.fragments.items():
             for piece in pieces:
-                at = Range(piece.name, piece.expert, piece.offset, piece.tensor.numel())
-                entry = Stored(file, kind, at, DTYPES.get(piece.tensor.dtype, str(piece.tensor.dtype)))
+                entry = Stored(file, kind, piece.range, DTYPES.get(piece.tensor.dtype, str(piece.tensor.dtype)))
                 stored.append(entry)
                 named.append((entry.key, piece.tensor))
         self.layout = lay_out(named)
