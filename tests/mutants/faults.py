@@ -305,7 +305,7 @@ FAULTS = {
     "expert not loaded": Fault(f"{MODELS}.loading:_read_experts", last_expert_not_loaded),
     "experts doubled": Fault(f"{MODELS}.loading:_read_experts", every_rank_loads_the_first_experts),
     "gate and up exchanged": Fault(f"{MODELS}.layout:Concat.join", gate_and_up_exchanged, ONE_RANK),
-    "loss is a mean": Fault("tests.parity.distributed:label_loss_sum", loss_is_a_mean, ONE_RANK),
+    "loss is a mean": Fault(f"{TRAIN}.passes:label_loss_sum", loss_is_a_mean, ONE_RANK),
     "labels not moved": Fault(f"{TRAIN}.losses:next_labels", labels_not_moved, ONE_RANK),
     "averaged over ranks": Fault(f"{SEAM}:DeepSpeedBackend.backward", gradients_averaged_over_ranks),
     "norm averaged": Fault(f"{TRAIN}.engine:Engine._norm_and_flag", norm_is_the_mean_of_ranks),

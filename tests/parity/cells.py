@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import combinations, product
 
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss")
@@ -33,10 +35,21 @@ class Cell:
     balance: str
     recompute: bool
     way: str = "dedup"
+    axes: tuple[int, int, int] = (1, 1, 1)  # pipeline, sequence, tensor
 
     @property
     def world(self) -> int:
         return self.layout[0]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of all axes, as the grid takes them."""
+        return {"expert": self.expert, **dict(zip(("pipeline", "sequence", "tensor"), self.axes, strict=True))}
+
+    @property
+    def data(self) -> int:
+        """How many ranks read rows of their own."""
+        return self.world // math.prod(self.axes)
 
     @property
     def expert(self) -> int:
@@ -69,6 +82,7 @@ class Cell:
                 self.balance,
                 *(["recompute"] if self.recompute else []),
                 self.way,
+                *(f"{name}{size}" for name, size in self.sizes.items() if size > 1 and name != "expert"),
             ]
         )
 
@@ -81,31 +95,36 @@ def every_cell() -> list[Cell]:
 
 
 def covering_cells() -> list[Cell]:
-    """A small set of cells with every pair of values of any two axes in at least one of them.
+    return [Cell(*values) for values in covering(AXES)]
 
-    Greedy and deterministic: each cell starts from a pair that is still missing and takes, axis after axis, the value
-    that adds most missing pairs.
+
+def covering(axes: Sequence[Sequence], fits: Callable[[dict], bool] = lambda chosen: True) -> list[tuple]:
+    """A small set of choices, a value of each axis, with every pair of values of any two axes in at least one of them.
+
+    Greedy and deterministic: each choice starts from a pair that is still missing and takes, axis after axis, the value
+    that adds most missing pairs. fits({number of axis: value}): whether these values can be chosen together, whatever
+    the others are; pairs that do not fit are left out.
     """
-    missing = {((a, x), (b, y)) for a, b in combinations(range(len(AXES)), 2) for x in AXES[a] for y in AXES[b]}
-    cells = []
+    numbers = range(len(axes))
+    missing = {((a, x), (b, y)) for a, b in combinations(numbers, 2) for x in axes[a] for y in axes[b]}
+    missing = {pair for pair in missing if fits(dict(pair))}
+    found = []
     while missing:
         first = min(missing, key=repr)
         chosen = dict(first)
-        for axis, values in enumerate(AXES):
+        for axis, values in enumerate(axes):
             if axis not in chosen:
+                values = [value for value in values if fits({**chosen, axis: value})]
                 gains = [len(missing & _pairs({**chosen, axis: value}, axis)) for value in values]
                 # Where several gain alike, go round, so that the values are used about equally.
                 best = [value for value, gain in zip(values, gains, strict=True) if gain == max(gains)]
-                chosen[axis] = best[len(cells) % len(best)]
-        cells.append(Cell(*(chosen[axis] for axis in range(len(AXES)))))
-        missing -= {pair for axis in range(len(AXES)) for pair in _pairs(chosen, axis)}
-    return cells
+                chosen[axis] = best[len(found) % len(best)]
+        found.append(tuple(chosen[axis] for axis in numbers))
+        missing -= {pair for axis in numbers for pair in _pairs(chosen, axis)}
+    return found
 
 
 def _pairs(chosen: dict, axis: int) -> set:
     """All pairs of the chosen values that involve this axis."""
     mine = (axis, chosen[axis])
     return {tuple(sorted((mine, item), key=lambda pair: pair[0])) for item in chosen.items() if item[0] != axis}
-
-
-assert len(fields(Cell)) == len(AXES)

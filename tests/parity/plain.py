@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from moe_dist.models.families import describe_experts
+from moe_dist.train.trainable import layer_index
 from tests.parity import problem
 from tests.parity.cells import Cell
 
@@ -18,12 +19,12 @@ Key = tuple[str, int]  # (name of the tensor in the canonical layout, expert id 
 
 def train(cell: Cell, folder: str) -> dict:
     """All that a cell must reproduce. Cells that differ only in how they run share one result."""
-    world = cell.world if cell.balance != "none" else 0
-    return _train(cell.family, cell.trainable, cell.balance, world, folder)
+    rows = cell.data if cell.balance != "none" else 0
+    return _train(cell.family, cell.trainable, cell.balance, rows, folder)
 
 
 @cache
-def _train(family: str, trainable: str, balance: str, world: int, folder: str) -> dict:
+def _train(family: str, trainable: str, balance: str, micro_batch: int, folder: str) -> dict:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, experts_implementation="eager", attn_implementation="eager"
     )
@@ -36,7 +37,7 @@ def _train(family: str, trainable: str, balance: str, world: int, folder: str) -
         betas=problem.BETAS,
         eps=problem.EPS,
     )
-    result: dict = {"norms": []}
+    result: dict = {"norms": [], "losses": []}
     for step, rate in enumerate(problem.RATES):
         model.zero_grad()
         rows = problem.rows(step)
@@ -46,13 +47,15 @@ def _train(family: str, trainable: str, balance: str, world: int, folder: str) -
             F.cross_entropy(logits[:-1], row["labels"][1:], ignore_index=problem.IGNORE, reduction="sum")
             for (logits, _), row in zip(outputs, rows, strict=True)
         )
-        total = loss / labels + _balance_loss(outputs, balance, world, model.config)
+        result["losses"].append(loss.item() / labels)
+        total = loss / labels + _balance_loss(outputs, balance, micro_batch, model.config)
         total.backward()
         for leaf, gradient in leaves.values():
             leaf.grad = gradient()
         if step == 0:
             result["logits"] = [logits.detach() for logits, _ in outputs]
-            result["ids"] = [[ids for _, ids in seen] for _, seen in outputs]
+            depths = [layer_index(description.name) for description in descriptions]
+            result["ids"] = [dict(zip(depths, [ids for _, ids in seen], strict=True)) for _, seen in outputs]
             result["gradients"] = {key: leaf.grad.flatten().clone() for key, (leaf, _) in leaves.items()}
         parameters = [leaf for leaf, _ in leaves.values()]
         result["norms"].append(torch.nn.utils.clip_grad_norm_(parameters, problem.CLIP).item())
@@ -74,13 +77,13 @@ def _forward(model, routers, row) -> tuple[torch.Tensor, list]:
     return logits, seen
 
 
-def _balance_loss(outputs: list, balance: str, world: int, config) -> torch.Tensor | float:
-    """transformers' own loss over each micro-batch (`world` rows, one a rank), averaged over the micro-batches."""
+def _balance_loss(outputs: list, balance: str, micro_batch: int, config) -> torch.Tensor | float:
+    """transformers' own loss over each micro-batch (of so many rows, one a data rank), averaged over them."""
     if balance == "none":
         return 0.0
     losses = []
-    for start in range(0, len(outputs), world):
-        rows = [seen for _, seen in outputs[start : start + world]]
+    for start in range(0, len(outputs), micro_batch):
+        rows = [seen for _, seen in outputs[start : start + micro_batch]]
         by_layer = tuple(torch.cat([seen[layer][0].flatten(0, -2) for seen in rows]) for layer in range(len(rows[0])))
         losses.append(load_balancing_loss_func(by_layer, by_layer[0].shape[1], config.num_experts_per_tok))
     return problem.COEF * sum(losses) / len(losses)

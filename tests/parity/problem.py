@@ -62,9 +62,9 @@ def config(cell: Cell, folder: str) -> RunConfig:
         {
             "run": {"dir": "unused"},
             "model": {"path": folder, "dtype": "float32", "attention": "eager"},
-            "data": {"train": ["unused.jsonl"]},
+            "data": {"train": ["unused.jsonl"], "seq_len": LENGTH},
             "parallel": {
-                "expert": cell.expert,
+                **cell.sizes,
                 "node_size": cell.node_size,
                 "zero_stage": cell.stage,
                 "reduce_bucket_size": cell.bucket,

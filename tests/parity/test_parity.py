@@ -13,7 +13,9 @@ import torch
 from moe_dist.ops import experts_batched, grouped_mlp
 from tests.models.tiny import make_folder
 from tests.parity import distributed, plain
+from tests.parity.axes import axis_cells
 from tests.parity.cells import Cell, covering_cells, every_cell
+from tests.parity.problem import LENGTH, VOCAB
 from tests.reference import relative_error
 from tests.train.runner import assembled
 
@@ -23,6 +25,7 @@ OUTPUTS, GRADIENTS, NORMS, WEIGHTS = 2e-6, 2e-6, 2e-6, 1e-5
 def pytest_generate_tests(metafunc):
     if "cell" in metafunc.fixturenames:
         cells = every_cell() if metafunc.config.getoption("--all-cells") else covering_cells()
+        cells += axis_cells()
         # One pool of ranks after the other, and the cells of a family together.
         cells.sort(key=lambda cell: (cell.world, cell.family))
         metafunc.parametrize("cell", cells, ids=str)
@@ -76,22 +79,46 @@ def test_a_named_back_end(ranks, folders, backend):
 def compare(cell: Cell, results: list[dict], expected: dict) -> None:
     """Raise AssertionError naming the first thing that differs."""
     for rank, result in enumerate(results):
-        mine = range(rank, len(expected["logits"]), cell.world)
-        for place, row in enumerate(mine):
-            for layer, ids in enumerate(result["ids"][place]):
-                same = torch.from_numpy(ids).sort().values == expected["ids"][row][layer].sort().values
-                assert same.all(), f"row {row}, layer {layer}: other experts were chosen"
-            error = relative_error(torch.from_numpy(result["logits"][place]), expected["logits"][row])
-            assert error < OUTPUTS, f"logits of row {row}: {error:.2e}"
+        compare_outputs(cell, rank, result, expected)
+    heads = [result["logits"] for result in results if result["logits"]]
+    assert len(heads) * cell.axes[0] == cell.world, "ranks of the last stage without logits"
+    assert {layer for result in results for layer in result["ids"]} == expected["ids"][0].keys(), "layers not heard"
     for kind, tolerance in (("gradients", GRADIENTS), ("weights", WEIGHTS)):
         found = assembled([result[kind] for result in results])
         assert found.keys() == expected[kind].keys(), f"{kind}: {found.keys() ^ expected[kind].keys()}"
         errors = {key: relative_error(found[key], wanted) for key, wanted in expected[kind].items()}
         worst = max(errors, key=errors.get)
         assert errors[worst] < tolerance, f"{kind} of {worst}: {errors[worst]:.2e}"
+    error = relative_error(
+        torch.tensor([result["losses"] for result in results]).sum(0), torch.tensor(expected["losses"])
+    )
+    assert error < OUTPUTS, f"losses: {error:.2e}"
     for rank, result in enumerate(results):
         error = relative_error(torch.tensor(result["norms"]), torch.tensor(expected["norms"]))
         assert error < NORMS, f"norms of rank {rank}: {result['norms']} against {expected['norms']}"
+
+
+def compare_outputs(cell: Cell, rank: int, result: dict, expected: dict) -> None:
+    """This rank's part of the logits, and which experts its tokens went to."""
+    place = result["place"]
+    block, vocabulary = LENGTH // cell.axes[1], VOCAB // cell.axes[2]
+    slice_length = block // cell.axes[2]
+    rows = range(place["data_rank"], len(expected["logits"]), cell.data)
+
+    def own(whole: torch.Tensor, number: int, length: int) -> torch.Tensor:
+        """Of a row without its padding: this rank's part, which may be empty."""
+        return whole[number * length : (number + 1) * length]
+
+    for row, logits in zip(rows, result["logits"], strict=bool(result["logits"])):
+        wanted = own(expected["logits"][row], place["sequence_rank"], block)
+        wanted = wanted[:, place["tensor_rank"] * vocabulary : (place["tensor_rank"] + 1) * vocabulary]
+        error = relative_error(torch.from_numpy(logits)[: len(wanted)], wanted)
+        assert error < OUTPUTS, f"logits of row {row} on rank {rank}: {error:.2e}"
+    for layer, seen in result["ids"].items():
+        for row, ids in zip(rows, seen, strict=True):
+            wanted = own(expected["ids"][row][layer].sort().values, place["slice_rank"], slice_length)
+            same = torch.from_numpy(ids).sort().values[: len(wanted)] == wanted
+            assert same.all(), f"row {row}, layer {layer}: other experts were chosen"
 
 
 def test_the_covering_cells_hold_every_pair():
@@ -99,6 +126,7 @@ def test_the_covering_cells_hold_every_pair():
 
     from tests.parity.cells import AXES
 
-    cells = [tuple(getattr(cell, name) for name in Cell.__dataclass_fields__) for cell in covering_cells()]
+    names = list(Cell.__dataclass_fields__)[: len(AXES)]
+    cells = [tuple(getattr(cell, name) for name in names) for cell in covering_cells()]
     for a, b in combinations(range(len(AXES)), 2):
         assert {(cell[a], cell[b]) for cell in cells} == {(x, y) for x in AXES[a] for y in AXES[b]}

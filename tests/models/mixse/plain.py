@@ -80,7 +80,7 @@ def train(folder: str, trainable: str) -> dict:
         betas=problem.BETAS,
         eps=problem.EPS,
     )
-    result: dict = {"norms": []}
+    result: dict = {"norms": [], "losses": []}
     for step, rate in enumerate(problem.RATES):
         optimizer.zero_grad()
         rows = problem.rows(step)
@@ -90,10 +90,11 @@ def train(folder: str, trainable: str) -> dict:
             F.cross_entropy(logits[:-1], row["labels"][1:], ignore_index=problem.IGNORE, reduction="sum")
             for logits, row in zip(outputs, rows, strict=True)
         )
+        result["losses"].append(loss.item() / labels)
         (loss / labels).backward()
         if step == 0:
             result["logits"] = [logits.detach() for logits in outputs]
-            result["ids"] = [[] for _ in outputs]
+            result["ids"] = [{} for _ in outputs]
             result["gradients"] = {(name, -1): leaf.grad.flatten().clone() for name, leaf in leaves.items()}
         result["norms"].append(torch.nn.utils.clip_grad_norm_(leaves.values(), problem.CLIP).item())
         for group in optimizer.param_groups:
