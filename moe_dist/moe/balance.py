@@ -122,7 +122,7 @@ class HfParts:
     """What the layers of one pipeline stage have to do with `hf`, whose product is taken of sums over all layers.
 
     mass_E: Σ_layers Σ_t p_ti over this rank's tokens, with gradient. load_E: Σ_layers c_i over the ranks of the stage,
-    int64. rows: R = routers of all stages · n, a float64 scalar.
+    int64. rows: R = routers of all stages · n, a float64 scalar. A stage without routers has zeros.
     """
 
     mass_E: torch.Tensor

@@ -55,11 +55,14 @@ class RouterSite:
 
 class RouterLosses(NamedTuple):
     """share: what this rank adds to its loss, coefficients applied, with gradient. balance, z: the shares before their
-    coefficients, without gradient, for the metrics: summed over ranks they are the losses."""
+    coefficients, without gradient, for the metrics: summed over ranks they are the losses. hf: where `hf` is on and
+    the layers lie on several pipeline stages, what this stage has to do with it, which is then in none of the others.
+    """
 
     share: torch.Tensor
     balance: torch.Tensor
     z: torch.Tensor
+    hf: balance.HfParts | None = None
 
 
 class RouterTap:
@@ -67,10 +70,11 @@ class RouterTap:
 
     Under ZeRO 3 make it after the engine: hooks run in order of registration, and the engine's own must have marked
     the outputs by which it knows in the backward that a router's weight is needed again.
+    routers: how many the model has, where others are on other pipeline stages.
     """
 
-    def __init__(self, sites: list[RouterSite]):
-        self.sites = sites
+    def __init__(self, sites: list[RouterSite], *, routers: int | None = None):
+        self.sites, self.routers = sites, routers or len(sites)
         self._open = False
         self._seen: dict[int, balance.RouterOutput] = {}
         self._step = balance.StepLoad()
@@ -100,8 +104,8 @@ class RouterTap:
     ) -> RouterLosses:
         """Losses of the last forward inside `with tap:`, which are then forgotten. Collective where anything is on.
 
-        form: one of `FORMS` or "none". coef, z_coef: factors; None and 0 are off. mask_BL: nonzero = real token.
-        position_ids_BL: see `RealTokens.count`. Raises UserError for an unknown form or score.
+        form: one of `FORMS` or "none". coef, z_coef: factors; None and 0 are off. mask_BL: of whole rows, nonzero =
+        real token. position_ids_BL: see `RealTokens.count`. Raises UserError for an unknown form or score.
         """
         if form != "none" and form not in FORMS:
             raise UserError(f"moe.balance_loss={form}: expected none, {', '.join(FORMS)}")
@@ -118,9 +122,12 @@ class RouterTap:
             return RouterLosses(zero, zero, zero)
 
         tokens = balance.RealTokens.count(mask_BL, grid, position_ids_BL=position_ids_BL)
+        parts = None
+        if balance_on and form == "hf" and grid.pipeline > 1:
+            parts, balance_on = balance.hf_parts(layers, tokens, grid, routers=self.routers), False
         balanced = self._balance(form, layers, tokens, grid) if balance_on else zero
         z = balance.z_loss(layers, tokens) if z_on else zero
-        return RouterLosses((coef or 0) * balanced + (z_coef or 0) * z, balanced.detach(), z.detach())
+        return RouterLosses((coef or 0) * balanced + (z_coef or 0) * z, balanced.detach(), z.detach(), parts)
 
     def _balance(self, form: str, layers: list, tokens: balance.RealTokens, grid: Grid) -> torch.Tensor:
         if form == "layer_global":

@@ -20,9 +20,14 @@ def any_asked(stop: StopFlag, grid: Grid) -> bool:
 
 def agree(batches: list[dict], stop: bool, votes: int, grid: Grid) -> tuple[int, int, bool, int]:
     """Over all ranks: label tokens and real tokens of the step, whether any was asked to stop, and the sum of `votes`.
-    Collective."""
-    labels = sum(count_labels(batch["labels"]) for batch in batches)
-    real = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    Collective.
+
+    batches: whole rows. The ranks of all stages and slices that share them count them once.
+    """
+    labels = real = 0
+    if grid.is_first_stage and grid.slice_rank == 0:
+        labels = sum(count_labels(batch["labels"]) for batch in batches)
+        real = sum(int(batch["attention_mask"].sum()) for batch in batches)
     total = torch.tensor([labels, real, int(stop), votes], device=grid.device)
     if grid.world > 1:
         dist.all_reduce(total)

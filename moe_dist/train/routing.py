@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from moe_dist.config.schema import MoeSection
 from moe_dist.models.routers import router_sites
 from moe_dist.models.surgery import moe_layers
+from moe_dist.moe.balance import HfParts
 from moe_dist.moe.expert_bias import ExpertBias
-from moe_dist.moe.router_tap import RouterTap, double_balance_warning
+from moe_dist.moe.router_tap import RouterLosses, RouterTap, double_balance_warning
 from moe_dist.moe.statistics import LoadStatistics, rank_load_max, summarise
 from moe_dist.parallel.grid import Grid
 from moe_dist.train.rows import Rows
@@ -19,23 +21,32 @@ from moe_dist.train.trainable import layer_index
 
 
 class Routing:
-    """Make it after the engine (see `RouterTap`)."""
+    """Make it after the engine (see `RouterTap`). Collective.
+
+    Of several pipeline stages each has the routers of its own layers, maybe none; figures are those of all stages.
+    """
 
     def __init__(self, model: nn.Module, settings: MoeSection, grid: Grid):
         self.settings, self.grid = settings, grid
         self.layers = moe_layers(model)
         loss_on = settings.balance_loss != "none" and settings.balance_coef > 0
-        sites = router_sites(model) if loss_on or settings.z_loss_coef or settings.expert_bias_rate else []
-        self.tap = RouterTap(sites) if loss_on or settings.z_loss_coef else None
-        self.bias = ExpertBias(sites, rate=settings.expert_bias_rate, grid=grid) if settings.expert_bias_rate else None
+        rate = settings.expert_bias_rate
+        experts = _of_all_stages({name: layer.spec.num_experts for name, layer in self.layers}, grid)
+        sites = []
+        if (loss_on or settings.z_loss_coef or rate) and (self.layers or not experts):
+            sites = router_sites(model)  # which refuses a dense model; a dense stage just has none
+        self.tap = RouterTap(sites, routers=len(experts)) if loss_on or settings.z_loss_coef else None
+        self.bias = ExpertBias(sites, rate=rate, grid=grid) if rate and sites else None
+        self._num_experts = max(experts.values(), default=0)
         self._window = {name: LoadStatistics(layer.spec.num_experts) for name, layer in self.layers}
         self.window_steps = 0
-        self._warning = double_balance_warning(sites, settings.balance_loss, settings.balance_coef)
-        if not loss_on and not self.bias and _learns_to_choose_one(model):
-            self._warning = (
+        warning = double_balance_warning(sites, settings.balance_loss, settings.balance_coef)
+        if not loss_on and not rate and _learns_to_choose_one(model):
+            warning = (
                 "a token has one expert and there is no balance loss: an expert that gets no tokens has no gradient, "
                 "and will get none. Set moe.balance_loss and a moe.balance_coef above 0"
             )
+        self._warning = next(filter(None, _of_all_stages({grid.pipeline_rank: warning}, grid).values()), None)
 
     def announce(self) -> list[str]:
         """Which routing losses are on, in words: a loss that is silently on or off has cost people whole runs."""
@@ -49,7 +60,7 @@ class Routing:
             if settings.capacity_factor is None
             else f"capacity factor {settings.capacity_factor:g}: slots beyond it are dropped and counted",
         ]
-        if self.bias:
+        if settings.expert_bias_rate:
             lines.append(f"expert bias moves by {settings.expert_bias_rate:g} a step")
         return lines + ([f"warning: {self._warning}"] if self._warning else [])
 
@@ -73,6 +84,20 @@ class Routing:
         """This rank's share of the routing losses of the last forward, coefficients applied (see `moe.balance`)."""
         if self.tap is None:
             return 0.0
+        losses = self.losses(rows)
+        assert losses.hf is None, "hf over pipeline stages is not the share of one of them"
+        return losses.share
+
+    def losses(self, rows: Rows) -> RouterLosses:
+        """The same in parts, for pipeline stages: with `hf`, `share` has the z-loss alone, and `hf` this stage's sums,
+        to which `moe.balance_coef` is not applied. Wanted only where `tap` is there."""
+        if not self.layers:
+            zero = torch.zeros((), device=self.grid.device)
+            parts = None
+            if self.settings.balance_loss == "hf" and self.settings.balance_coef:
+                none_E = zero.expand(self._num_experts)
+                parts = HfParts(none_E, none_E.long(), zero.double())
+            return RouterLosses(zero, zero, zero, parts)
         return self.tap.loss_share(
             self.settings.balance_loss,
             coef=self.settings.balance_coef,
@@ -80,7 +105,7 @@ class Routing:
             mask_BL=rows.batch["attention_mask"],
             grid=self.grid,
             position_ids_BL=rows.batch["position_ids"],
-        ).share
+        )
 
     def end_step(self, *, skipped: bool) -> None:
         for name, layer in self.layers:
@@ -94,17 +119,19 @@ class Routing:
                 self.bias.step()
 
     def figures(self) -> dict:
-        """Load figures of the last step over all data ranks: the worst over layers, and each layer's; of a dense
-        model there are none. Collective."""
-        if not self.layers:
+        """Load figures of the last step over all ranks: the worst over layers, and each layer's; of a dense model there
+        are none. Collective."""
+        mine = {}
+        for name, layer in self.layers:
+            total = layer.statistics.total(self.grid.stage_group, self.grid.device).cpu()
+            mine[str(layer_index(name))] = summarise(total), rank_load_max(total, layer.placement.fractions)
+        every = _of_all_stages(mine, self.grid)
+        if not every:
             return {}
-        totals = {
-            name: layer.statistics.total(self.grid.data_group, self.grid.device).cpu() for name, layer in self.layers
-        }
-        layers = {str(layer_index(name)): summarise(total) for name, total in totals.items()}
+        layers = {index: figures for index, (figures, _) in every.items()}
         return {
             "load_max": max(layer["load_max"] for layer in layers.values()),
-            "rank_load_max": max(rank_load_max(totals[name], layer.placement.fractions) for name, layer in self.layers),
+            "rank_load_max": max(of_rank for _, of_rank in every.values()),
             "load_entropy": min(layer["load_entropy"] for layer in layers.values()),
             "dead_experts": sum(layer["dead"] for layer in layers.values()),
             "dropped": max(layer["dropped"] for layer in layers.values()),
@@ -112,14 +139,15 @@ class Routing:
         }
 
     def window(self) -> dict:
-        """What each expert got since the last call, over all data ranks, and of how many steps. Collective.
+        """What each expert got since the last call, over all ranks, and of how many steps. Collective.
 
         counts: {layer index: [slots of each expert]}; dropped: {layer index: slots that capacity left out}.
         """
         totals = {
-            str(layer_index(name)): self._window[name].total(self.grid.data_group, self.grid.device).tolist()
+            str(layer_index(name)): self._window[name].total(self.grid.stage_group, self.grid.device).tolist()
             for name, _ in self.layers
         }
+        totals = _of_all_stages(totals, self.grid)
         steps, self.window_steps = self.window_steps, 0
         for statistics in self._window.values():
             statistics.reset()
@@ -128,6 +156,15 @@ class Routing:
             "counts": {layer: total[:-1] for layer, total in totals.items()},
             "dropped": {layer: total[-1] for layer, total in totals.items()},
         }
+
+
+def _of_all_stages(mine: dict, grid: Grid) -> dict:
+    """The entries of all pipeline stages, in order of depth; small things only. Collective over the pipeline group."""
+    if grid.pipeline_group is None:
+        return mine
+    told = [mine] * grid.pipeline
+    dist.all_gather_object(told, mine, group=grid.pipeline_group)
+    return {key: value for stage in told for key, value in stage.items()}
 
 
 def _learns_to_choose_one(model: nn.Module) -> bool:

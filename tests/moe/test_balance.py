@@ -11,6 +11,7 @@ import torch
 from moe_dist.errors import UserError
 from moe_dist.moe import balance
 from moe_dist.moe.balance import RealTokens, RouterOutput, StepLoad
+from moe_dist.parallel.collectives import sum_over
 from moe_dist.parallel.grid import Grid, build_grid
 from tests.reference import relative_error
 
@@ -171,6 +172,33 @@ def test_rows_cut_over_ranks(ranks, form, axes):
     case = Case(rows=((2, 3, 0, 1), (1, 1, 1, 1)), padding="some", documents=form == "layer_sequence")
     results = ranks(4, shares_on_a_rank, case, form, axes)
     compare(case, form, 4, results, 1e-12, slices=axes.get("sequence", 1) * axes.get("tensor", 1))
+
+
+def hf_of_a_stage(case: Case) -> dict:
+    """This rank's part of `hf` where the first of two stages has one layer of three."""
+    grid = my_grid(pipeline=2)
+    data, mine = problem(case, 0), list(deal(case, 0, grid.data)[grid.data_rank])
+    logits = data["logits"][:, mine].flatten(1, 2).requires_grad_()
+    ids = data["ids"][:, mine].flatten(1, 2)
+    here = slice(0, 1) if grid.is_first_stage else slice(1, LAYERS)
+    layers = [RouterOutput(*pair) for pair in zip(logits[here], ids[here], strict=True)]
+    tokens = RealTokens.count(data["mask"][mine], grid)
+    parts = balance.hf_parts(layers, tokens, grid, routers=LAYERS)
+    share = parts.share(sum_over(parts.load_E, grid.pipeline_group))
+    share.backward()
+    return {"share": share.detach(), "grad": logits.grad.view(LAYERS, len(mine), LENGTH, EXPERTS)}
+
+
+def test_hf_over_pipeline_stages(ranks):
+    case = Case()
+    results = ranks(4, hf_of_a_stage, case)
+    logits = problem(case, 0)["logits"].double().requires_grad_()
+    expected = reference(case, "hf", 0, logits, 2)
+    expected.backward()
+    assert sum(result["share"] for result in results).item() == pytest.approx(expected.item(), rel=1e-12)
+    first, last = (torch.cat([result["grad"] for result in stage], dim=1) for stage in (results[:2], results[2:]))
+    assert relative_error(first + last, logits.grad) < 1e-12
+    assert not first[1:].any()
 
 
 @pytest.mark.parametrize("form", ["layer_micro", "layer_sequence", "layer_global"])

@@ -156,7 +156,7 @@ def test_none_and_zero_are_off(swapped, coef, z_coef):
     with tap:
         swapped(torch.ones(1, 5, dtype=torch.long))
     losses = tap.loss_share("hf", coef=coef, z_coef=z_coef, mask_BL=torch.ones(1, 5), grid=Grid.single())
-    assert [part.item() for part in losses] == [0.0, 0.0, 0.0]
+    assert [part.item() for part in losses[:3]] == [0.0, 0.0, 0.0]
     assert not losses.share.requires_grad
 
 
