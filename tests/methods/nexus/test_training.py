@@ -21,8 +21,10 @@ from tests.parity.test_parity import compare
 from tests.run.runs import events, settings, train
 
 
-def _cell(family="llama", layout=(1, 1), stage=1, trainable="all", bucket=300, balance="none", recompute=False):
-    return Cell(f"nexus_{family}", layout, stage, trainable, bucket, balance, recompute)
+def _cell(
+    family="llama", layout=(1, 1), stage=1, trainable="all", balance="none", recompute=False, axes=(1, 1, 1)
+) -> Cell:
+    return Cell(f"nexus_{family}", layout, stage, trainable, 300, balance, recompute, axes=axes)
 
 
 # The axes are covered by the matrix of tests/parity; here they meet each router and the families whose blocks differ.
@@ -35,6 +37,11 @@ CELLS = [
     ("paper", _cell("olmo2", layout=(4, 4), balance="hf")),
     ("linear", _cell("mistral", layout=(2, 1), stage=0)),
     ("linear", _cell("qwen2", layout=(4, 4), trainable="some", balance="hf")),
+    # Pipeline, sequence, tensor.
+    ("prototype", _cell(layout=(2, 2), balance="hf", axes=(1, 1, 2))),
+    ("paper", _cell("qwen3", layout=(2, 1), stage=3, axes=(1, 2, 1))),
+    ("prototype", _cell(layout=(2, 1), balance="hf", axes=(2, 1, 1))),
+    ("linear", _cell("mistral", layout=(4, 2), stage=2, axes=(2, 1, 2))),
     # ESFT: one rank, and one layer, has nothing to train.
     ("prototype", _cell("gemma", layout=(4, 4), stage=2, trainable="one rank")),
     ("paper", _cell("mistral", layout=(2, 2), stage=3, trainable="one layer", balance="hf")),
