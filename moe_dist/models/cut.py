@@ -6,10 +6,33 @@ not know how a model was cut.
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from moe_dist.errors import UserError
+from moe_dist.models.surgery import Seating, Trainable, moe_layers, swap
+from moe_dist.models.tensor import cut_tensors
+from moe_dist.moe.layer import MoEExperts
 from moe_dist.parallel.grid import Grid
+
+
+def swap_and_cut(
+    model: nn.Module, grid: Grid, *, trainable: Trainable, placement: Seating, dense: bool
+) -> list[tuple[str, MoEExperts]]:
+    """`swap`, then `cut`: (path, layer) of the experts layers that this rank has. The experts of other stages never
+    take memory; the arguments are those of `swap`."""
+    device = "meta" if grid.pipeline > 1 else None
+    swap(model, grid, trainable=trainable, placement=placement, dense=dense, device=device)
+    cut(model, grid)
+    layers = moe_layers(model)
+    for span in (span for _, layer in layers for span in layer.spans()):
+        for name, parameter in span.named_parameters():
+            if parameter.is_meta:
+                weight = torch.zeros_like(parameter, device=grid.device)
+                filled = nn.Parameter(weight, requires_grad=parameter.requires_grad)
+                filled.is_expert = True
+                setattr(span, name, filled)
+    return layers
 
 
 def cut(model: nn.Module, grid: Grid) -> None:
@@ -19,6 +42,7 @@ def cut(model: nn.Module, grid: Grid) -> None:
     Needs sizes and no process groups, so it works for `--dry-run`. Raises UserError where the model does not allow a
     size, saying what would work.
     """
-    for name in ("pipeline", "tensor", "sequence"):
+    for name in ("pipeline", "sequence"):
         if getattr(grid, name) > 1:
             raise UserError(f"parallel.{name}={getattr(grid, name)}: not available for this model yet")
+    cut_tensors(model, grid)

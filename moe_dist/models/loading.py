@@ -17,15 +17,17 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from moe_dist.errors import UserError
 from moe_dist.models.conversion import ReadPlan, TensorGroup, plan_reading, used_transforms
+from moe_dist.models.cut import swap_and_cut
 from moe_dist.models.families import ExpertsDescription, describe_experts, expert_counts, our_name, unknown_family
 from moe_dist.models.folder import TensorInfo, WeightFiles, open_weights
 from moe_dist.models.layout import ExpertTensorLayout
 from moe_dist.models.mixse.loading import read_experts
 from moe_dist.models.mixse.spec import read_spec
 from moe_dist.models.skeleton import build_skeleton, read_config
-from moe_dist.models.surgery import Seating, Trainable, swap
+from moe_dist.models.surgery import Seating, Trainable
 from moe_dist.moe.layer import MoEExperts
 from moe_dist.parallel.grid import Grid
+from moe_dist.parallel.shard import shard_of
 
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
@@ -62,16 +64,18 @@ def load_model(
         raise unknown_family(config.model_type)
     shapes = {key: info.shape for key, info in files.tensors.items()}
     plan = plan_reading(model, shapes, expert_counts(descriptions))
-    absent = _check(model, plan, descriptions, files.tensors)
+    absent, targets = _check(model, plan, descriptions, files.tensors)
 
     materialise_buffers(model, absent, grid.device)
-    layers = swap(model, grid, trainable=trainable, placement=placement, dense=dense)
-    dtypes = DtypePlan(model, dtype)
+    tied, dtypes = dict(model.all_tied_weights_keys), DtypePlan(model, dtype)
+    layers = swap_and_cut(model, grid, trainable=trainable, placement=placement, dense=dense)
+    homes = _homes(model, targets, descriptions, tied if grid.pipeline > 1 else {})
     with files, torch.no_grad():
         for _, layer in layers:
             _read_experts(layer, plan.experts, files, dtypes)
         for group in plan.dense:
-            _read_dense(model, group, files, dtypes, descriptions, grid.device)
+            if any(homes[name] for name in targets[group.first_target]):
+                _read_dense(model, group, files, dtypes, homes, grid.device)
     if mixture is not None:
         read_experts(model, mixture, folder)
     model.tie_weights(missing_keys=absent, recompute_mapping=False)
@@ -145,22 +149,27 @@ def materialise_buffers(model: PreTrainedModel, absent: set[str], device: torch.
 
 def _check(
     model: PreTrainedModel, plan: ReadPlan, descriptions: list[ExpertsDescription], tensors: Mapping[str, TensorInfo]
-) -> set[str]:
+) -> tuple[set[str], dict[str, list[str]]]:
     """Compare the folder with the model, name for name and shape for shape.
 
-    Returns the names of stock tensors that the folder may lack: tied ones, and those the model class allows.
+    Returns the names of stock tensors that the folder may lack: tied ones, and those the model class allows. And the
+    names of those that each dense group of the plan gives, by its first target.
     """
     unexpected = [key for key in plan.unexpected if not _may_ignore(model, key)]
     if unexpected:
         raise UserError(f"the folder holds tensors that the model has no place for: {', '.join(sorted(unexpected))}")
     state = model.state_dict()
     filled: set[str] = set(plan.experts)
-    wrong = []
+    wrong, targets = [], {}
     for group in plan.dense:
         metas = {name: torch.empty(tensors[name].shape, device="meta") for name in group.names()}
-        for name, made in _convert(group, metas, model).items():
-            filled.add(name)
-            if name in state and made.shape != state[name].shape:
+        converted = _convert(group, metas, model)
+        targets[group.first_target] = list(converted)
+        filled |= converted.keys()
+        for name, made in converted.items():
+            if name not in state:
+                raise UserError(f"{' + '.join(group.names())} gives {name}, which the model does not have")
+            if made.shape != state[name].shape:
                 wrong.append(f"{' + '.join(group.names())} gives {name} {_by(made)}, expected {_by(state[name])}")
     for description in descriptions:
         for parameter in description.spec.shapes():
@@ -179,7 +188,26 @@ def _check(
     lost = [n for n in absent if n not in given and not any(pattern.search(n) for pattern in allowed)]
     if lost:
         raise UserError(f"the folder lacks tensors that the model needs: {', '.join(sorted(lost))}")
-    return absent
+    return absent, targets
+
+
+def _homes(
+    model: PreTrainedModel,
+    targets: Mapping[str, list[str]],
+    descriptions: list[ExpertsDescription],
+    tied: Mapping[str, str],
+) -> dict[str, list[str]]:
+    """Each dense tensor of a folder, by its stock name -> its names in this rank's model, none where another stage has
+    it. tied: what the whole model ties; where its two ends are on two stages, the folder's one tensor fills both."""
+    here = set(model.state_dict())
+    given = {name for names in targets.values() for name in names}
+    homes = {name: [name] for name in given}
+    for pair in tied.items():
+        for name, other in (pair, pair[::-1]):
+            if name in given and other not in given:
+                homes[name].append(other)
+    ours = {name: [our_name(home, descriptions) for home in found] for name, found in homes.items()}
+    return {name: [home for home in found if home in here] for name, found in ours.items()}
 
 
 def _convert(group: TensorGroup, tensors: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -224,20 +252,26 @@ def _read_dense(
     group: TensorGroup,
     files: WeightFiles,
     dtypes: DtypePlan,
-    descriptions: list[ExpertsDescription],
+    homes: Mapping[str, list[str]],
     device: torch.device,
 ) -> None:
+    """Fill what `group` gives; of a tensor that is cut, this rank's part."""
     made = _convert(group, {name: files.read(name) for name in group.names()}, model)
     for name, tensor in made.items():
-        parent, _, child = our_name(name, descriptions).rpartition(".")
-        module = model.get_submodule(parent)
-        place = getattr(module, child)
-        value = torch.empty(place.shape, dtype=dtypes.get(name, place.dtype), device=device)
-        value.copy_(tensor)
-        if child in module._buffers:
-            module._buffers[child] = value
-        else:
-            setattr(module, child, nn.Parameter(value, requires_grad=place.requires_grad))
+        for home in homes[name]:
+            parent, _, child = home.rpartition(".")
+            module = model.get_submodule(parent)
+            place = getattr(module, child)
+            shard = shard_of(place)
+            value = torch.empty(place.shape, dtype=dtypes.get(name, place.dtype), device=device)
+            value.copy_(tensor if shard is None else shard.cut(tensor))
+            if child in module._buffers:
+                module._buffers[child] = value
+                continue
+            filled = nn.Parameter(value, requires_grad=place.requires_grad)
+            if shard is not None:
+                filled.shard = shard
+            setattr(module, child, filled)
 
 
 def _read_generation_config(model: PreTrainedModel, folder: Path) -> None:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from moe_dist.models import moe_layers
 from moe_dist.models.families import our_name
+from moe_dist.parallel.shard import shard_of
 
 
 def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -19,7 +20,8 @@ def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def pairs(ours: torch.nn.Module, stock: torch.nn.Module, *, grad: bool = False):
-    """(name, our tensor, stock tensor) of every tensor of this rank: experts one by one in the stock layout.
+    """(name, our tensor, stock tensor) of every tensor of this rank: experts one by one in the stock layout, and this
+    rank's part of what the tensor axis cuts.
 
     `grad`: the gradients of the parameters instead; a missing one is a tensor of zeros.
     """
@@ -35,7 +37,9 @@ def pairs(ours: torch.nn.Module, stock: torch.nn.Module, *, grad: bool = False):
 
     for name in theirs.keys() - stacked:
         if not grad or theirs[name].requires_grad:
-            yield name, value(mine[our_name(name, [layer.origin for _, layer in layers])]), value(theirs[name])
+            held = mine[our_name(name, [layer.origin for _, layer in layers])]
+            shard = shard_of(held)
+            yield name, value(held), value(theirs[name]) if shard is None else shard.cut(value(theirs[name]))
     for _, layer in layers:
         for parameter_name, parameter, seat_ids in layer.expert_parameters():
             name = layer.origin.stock_name(parameter_name)
