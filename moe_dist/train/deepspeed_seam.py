@@ -18,20 +18,22 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from moe_dist.moe.layer import MoEExperts
 from moe_dist.parallel.grid import Grid
-from moe_dist.train.optim import MasterAdamW, is_expert
+from moe_dist.train.deepspeed_groups import (
+    groups_announced,
+    named_for_deepspeed,
+    place_parameters,
+    register_expert_parameters,
+)
+from moe_dist.train.deepspeed_setup import import_deepspeed, settings
+from moe_dist.train.family import family_of, replicas_of
+from moe_dist.train.optim import MasterAdamW
 from moe_dist.train.pieces import Piece, replicated_pieces
-
-MARKER = "_expert_parallel_marker"
 
 
 class DeepSpeedBackend:
@@ -50,14 +52,13 @@ class DeepSpeedBackend:
     ):
         self._deepspeed = deepspeed = import_deepspeed(grid)
         self.module, self.grid, self.stage = model, grid, zero_stage
-        if grid.expert > 1:
-            groups = [_named_for_deepspeed(group, grid) for group in groups]
-            _mark_experts(model, grid)
+        place_parameters(model, grid)
+        groups = [named_for_deepspeed(group, grid) for group in groups]
         make = _ReducedMasterAdamW if zero_stage == 0 else torch.optim.AdamW
         self.optimizer = make(groups, **hyper)
         trained = sum(parameter.numel() for group in groups for parameter in group["params"])
-        config = _config(zero_stage, precision, min(reduce_bucket_size, trained))
-        with _expert_layers_announced(model, grid, any(group["expert"] for group in groups)):
+        config = settings(zero_stage, precision, min(reduce_bucket_size, trained))
+        with groups_announced(model, groups):
             logger = deepspeed.utils.logger
             logger.setLevel(logging.ERROR)  # it warns of settings that are meant
             self.engine, *_ = deepspeed.initialize(
@@ -67,9 +68,12 @@ class DeepSpeedBackend:
         if self._bf16_optimizer:
             self._spare_the_norm()
         if zero_stage == 3:
-            _register_expert_parameters(model, deepspeed)
+            register_expert_parameters(model)
         if zero_stage == 0:
-            self.owned, self.held = (list(self._pieces_of_stage_0(owned)) for owned in (True, False))
+            # Everything is replicated: a rank holds all of it, and owns its even slice.
+            masters = self.optimizer.masters
+            self.held = list(replicated_pieces(masters))
+            self.owned = list(replicated_pieces(masters, lambda parameter: replicas_of(family_of(parameter), grid)))
         else:
             find = self._pieces_of_stage_3 if zero_stage == 3 else self._pieces_of_stage_1_and_2
             self.owned = self.held = list(find())
@@ -82,13 +86,15 @@ class DeepSpeedBackend:
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Accumulate; after the last micro-batch of a step, also reduce.
 
-        Scale: DeepSpeed sums gradients over a parameter's replicas and divides by the number of data-parallel ranks
-        W, for experts too (their replicas are only W / P, but it divides by W at every stage). Scaling the loss by W
-        cancels that for both: what remains is the sum over the ranks, which is the gradient that `Engine` promises.
+        Scale: DeepSpeed sums gradients over a parameter's replicas and divides by the number of its data-parallel
+        ranks, which are the W ranks of the pipeline stage. It divides by W at every stage whatever the family: also
+        where the replicas are only W / P of them, for experts (P expert-parallel ranks) and for what is cut over the
+        tensor axis. Scaling the loss by W cancels that: what remains is the sum over the replicas, which is the
+        gradient that `Engine` promises. The other stages of a pipeline do the same with their W, which is as large.
         `scale_wrt_gas=False` keeps it from dividing by the accumulation steps, so nothing is left to cancel there.
         """
         self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss * self.grid.world, scale_wrt_gas=False)
+        self.engine.backward(loss * self.grid.stage_size, scale_wrt_gas=False)
 
     def optimizer_step(self) -> None:
         self.engine.step()
@@ -160,17 +166,6 @@ class DeepSpeedBackend:
         zero = torch.zeros(1, device=self.grid.device)
         self.engine.optimizer.get_grads_for_norm = lambda for_clipping=False: ([zero], {})
 
-    def _pieces_of_stage_0(self, owned: bool) -> Iterator[Piece]:
-        """Everything is replicated: a rank holds all of it, and owns its even slice."""
-        grid = self.grid
-
-        def place(parameter: nn.Parameter) -> tuple[int, int]:
-            if not owned:
-                return 0, 1
-            return (grid.expert_data_rank, grid.expert_data) if is_expert(parameter) else (grid.rank, grid.world)
-
-        return replicated_pieces(self.optimizer.masters, place)
-
     def _pieces_of_stage_1_and_2(self) -> Iterator[Piece]:
         """Each group's parameters lie flattened one after the other; a rank owns one even part of that buffer, and
         DeepSpeed has noted on each parameter which of its elements fall into this rank's part, and where."""
@@ -230,124 +225,6 @@ class _ReducedMasterAdamW(MasterAdamW):
             for master in group["params"]:
                 if master.grad is None:
                     master.grad = torch.zeros_like(master)
-            found = experts.setdefault(group["name"], []) if group.get("moe") else dense
+            found = experts.setdefault(group["name"], []) if group["moe"] else dense
             found.extend(master.grad for master in group["params"])
         return dense, experts
-
-
-def import_deepspeed(grid: Grid):
-    """DeepSpeed, ready for use: on the grid's device, quiet, on torch's process group (a group of one if there is
-    none), without building its shared-memory collectives (which wants a compiler, takes half a minute and leaves files
-    in /dev/shm)."""
-    os.environ.setdefault("DS_ACCELERATOR", grid.device.type)
-    # Without LOCAL_SIZE it starts `numactl` at every reduction of stage 3, to count the machine's "CPU devices".
-    local_size = os.environ.get("LOCAL_WORLD_SIZE", str(grid.world))
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_SIZE", local_size)):
-        os.environ.setdefault(name, value)
-    if not dist.is_initialized():
-        assert grid.world == 1
-        backend = "nccl" if grid.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    import deepspeed
-    import deepspeed.runtime.bf16_optimizer as bf16_optimizer
-
-    deepspeed.utils.logger.setLevel(logging.WARNING)
-    bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None  # prints at every group, and collects garbage
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    return deepspeed
-
-
-def _config(zero_stage: int, precision: str, reduce_bucket_size: int) -> dict:
-    zero = {
-        "stage": zero_stage,
-        "reduce_bucket_size": reduce_bucket_size,
-        "allgather_bucket_size": 2 * -(-reduce_bucket_size // 2),
-        "stage3_prefetch_bucket_size": reduce_bucket_size,
-        "stage3_param_persistence_threshold": min(reduce_bucket_size, 100_000),
-        # DeepSpeed would make whole MoE blocks of some families into units whose gradients it reads in a hook of the
-        # block's input, which fires too early where that input needs no gradient. Ours need no such units.
-        "leaf_module": {"classes": [], "names": [], "name_suffixes": []},
-    }
-    in_bf16 = precision == "bf16" and zero_stage > 0
-    if zero_stage in (1, 2) and not (in_bf16 and zero_stage == 1):
-        zero["compute_grad_norm"] = False
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,
-        "communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "bf16": {"enabled": in_bf16},
-        "zero_optimization": zero,
-    }
-
-
-# Expert parallelism
-
-
-def _group_name(grid: Grid) -> str:
-    return f"ep_size_{grid.expert}"
-
-
-def _named_for_deepspeed(group: dict, grid: Grid) -> dict:
-    """DeepSpeed takes an optimizer group with `moe` for experts, replicated over the expert-data group `name`."""
-    return {**group, "moe": group["expert"], "name": _group_name(grid) if group["expert"] else "dense"}
-
-
-def _mark_experts(model: nn.Module, grid: Grid) -> None:
-    """Tell DeepSpeed which parameters are experts', frozen ones too: their replicas (over which it broadcasts at
-    the start, reduces, and partitions at stage 3) are the expert-data group's ranks only."""
-    from deepspeed.utils import groups
-
-    name = _group_name(grid)
-    if name not in groups._get_expert_parallel_group_dict():
-        groups._create_expert_and_data_parallel(grid.expert)
-    for group in (groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)):
-        dist.all_reduce(torch.zeros(1, device=grid.device), group=group)
-    replicas = groups._get_expert_data_parallel_group(name)
-    mates = list(range(grid.rank % grid.expert, grid.world, grid.expert))
-    assert dist.get_process_group_ranks(replicas) == mates, "DeepSpeed cuts the ranks in another way than the grid"
-    for parameter in filter(is_expert, model.parameters()):
-        parameter.allreduce = False
-        parameter.group_name = name
-        parameter.ds_zero_placement_family = "autoep_expert"
-        parameter.ds_zero_partition_group_name = name
-        parameter.ds_zero_partition_process_group = replicas
-
-
-@contextlib.contextmanager
-def _expert_layers_announced(model: nn.Module, grid: Grid, experts_train: bool) -> Iterator[None]:
-    """While DeepSpeed builds its engine, let it find one of its own MoE layers in the model.
-
-    It reads off the presence of such a layer, and nothing else, that optimizer groups may have expert-data groups.
-    Where no expert trains there is no such optimizer group, and it refuses to be told otherwise.
-    """
-    if grid.expert == 1 or not experts_train:
-        yield
-        return
-    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-
-    class Marker(AutoEPMoELayer):
-        def __init__(self):
-            nn.Module.__init__(self)
-            self.num_experts = 0
-
-        def set_deepspeed_parallelism(self, *args, **kwargs):
-            """The groups exist already."""
-
-    model.add_module(MARKER, Marker())
-    try:
-        yield
-    finally:
-        delattr(model, MARKER)
-
-
-def _register_expert_parameters(model: nn.Module, deepspeed) -> None:
-    """Stage 3 gathers a module's parameters before its forward; an experts layer reads those of its spans, whose own
-    forward is never called."""
-    for module in model.modules():
-        if isinstance(module, MoEExperts):
-            for _, parameter, _ in module.expert_parameters():
-                deepspeed.zero.register_external_parameter(module, parameter)

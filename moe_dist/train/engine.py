@@ -11,7 +11,8 @@ micro-batch m on rank r, N counts the label tokens of all of them. Each `backwar
 of the step is the plain sum over micro-batches and ranks, with no averaging and no further factor. An expert's rows
 come from every rank of its expert group through the all-to-all, whose backward brings ∂l_rm/∂row of each back to it:
 summing over its replicas (the expert-data-parallel group) then completes the sum over all r, whatever the size of
-the expert group is.
+the expert group is. So it is with what is cut over the tensor axis, and the exchanges around its blocks. The ranks r
+are those of a pipeline stage; a stage before the last gets as its l_rm what has ∂L/∂(its output) as its gradient.
 
 **Norm, clipping, skipping** are decided here for all engines alike: the norm is the root of the sum of squares over
 pieces (see `pieces`), in which each element of each parameter occurs once over all ranks; and one all-reduce carries it
@@ -36,6 +37,7 @@ from moe_dist.parallel.grid import Grid
 from moe_dist.train.optim import create_state, parameter_groups
 from moe_dist.train.pieces import KINDS, Piece, global_names
 from moe_dist.train.plain import PlainBackend
+from moe_dist.train.tied import TiedCopies
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -73,11 +75,24 @@ class StepResult:
 class Engine:
     """See the module's text. `module` is the model; `steps` and `skipped_steps` count calls of `step`."""
 
-    def __init__(self, backend: Backend, grid: Grid, names: dict, *, clip_norm: float | None, accumulation_steps: int):
+    def __init__(
+        self,
+        backend: Backend,
+        grid: Grid,
+        names: dict,
+        *,
+        tied: TiedCopies | None,
+        clip_norm: float | None,
+        accumulation_steps: int,
+    ):
         self.grid, self.clip_norm, self.accumulation_steps = grid, clip_norm, accumulation_steps
         self.steps = self.skipped_steps = 0
-        self._backend, self._names = backend, names
+        #: Optimizer steps in AdamW's bias correction (skipped ones do not count); 0 before the first.
+        self.adam_step = 0
+        self._backend, self._names, self._tied = backend, names, tied
+        self._owned = [piece for piece in backend.owned if tied is None or not tied.is_copy(piece.parameter)]
         self._micro_batches = 0
+        self._tied_summed = False
         self._bad_loss = torch.zeros((), dtype=torch.bool, device=grid.device)
 
     @property
@@ -103,6 +118,7 @@ class Engine:
         """Clip by the global norm and step the optimizer; or skip, on all ranks, if any loss or gradient anywhere is
         not finite: weights and optimizer state then keep their bits. Collective."""
         assert self._micro_batches == self.accumulation_steps, "fewer micro-batches than accumulation_steps"
+        self._sum_tied()
         norm, bad_loss = self._norm_and_flag()
         skipped = bad_loss or not math.isfinite(norm)
         if skipped:
@@ -112,16 +128,24 @@ class Engine:
             for group in self._backend.optimizer.param_groups:
                 group["lr"] = lr
             self._backend.optimizer_step()
+            self.adam_step += 1
         self._micro_batches = 0
+        self._tied_summed = False
         self._bad_loss.zero_()
         self.steps += 1
         self.skipped_steps += skipped
         return StepResult(grad_norm=norm, skipped=skipped)
 
+    def _sum_tied(self) -> None:
+        """Not in the last `backward`: the last stage comes to it long before the first one, which waits for it."""
+        if self._tied and not self._tied_summed:
+            self._tied.sum_gradients()
+        self._tied_summed = True
+
     def _norm_and_flag(self) -> tuple[float, bool]:
         # Squares are summed in float64: float32 loses digits over long tensors and overflows from gradients of 1e19.
         total = torch.zeros(2, dtype=torch.float64, device=self.grid.device)
-        for piece in self._backend.owned:
+        for piece in self._owned:
             gradient = piece.gradient()
             if gradient is not None:
                 total[0] += torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2
@@ -141,17 +165,13 @@ class Engine:
                 gradient.mul_(factor)
 
     def gradients(self) -> Iterator[Fragment]:
-        """The reduced gradients that this rank owns, between the last `backward` and `step`, before clipping."""
-        for piece in self._backend.owned:
+        """The reduced gradients that this rank owns, between the last `backward` and `step`, before clipping.
+        Collective."""
+        self._sum_tied()
+        for piece in self._owned:
             gradient = piece.gradient()
             if gradient is not None:
                 yield from self._names[piece.parameter].fragments(piece.offset, gradient)
-
-    @property
-    def adam_step(self) -> int:
-        """Optimizer steps in AdamW's bias correction (skipped ones do not count); 0 before the first."""
-        states = (self._backend.optimizer.state.get(piece.flat) for piece in self._backend.owned)
-        return next((int(state["step"]) for state in states if state), 0)
 
     def fragments(self, kind: str) -> Iterator[Fragment]:
         """The part of one kind (weights: the fp32 masters; exp_avg; exp_avg_sq) that this rank owns, as views.
@@ -161,7 +181,7 @@ class Engine:
         """
         assert kind in KINDS, kind
         self._create_state()
-        for piece in self._backend.owned:
+        for piece in self._owned:
             tensor = piece.view(kind, self._backend.optimizer)
             yield from self._names[piece.parameter].fragments(piece.offset, tensor)
 
@@ -179,11 +199,12 @@ class Engine:
                 view = piece.view(kind, self._backend.optimizer)
                 for place in self._names[piece.parameter].places(piece.offset, piece.length):
                     places.append(place)
-                    views.append(view[place.start : place.start + place.range.length])
+                    views.append(view[place.start : place.start + place.range.numel])
             for view, tensor in zip(views, read(kind, places), strict=True):
                 view.copy_(tensor)
         for state in self._backend.optimizer.state.values():
             state["step"].fill_(adam_step)
+        self.adam_step = adam_step
         self._backend.publish()
 
     def _create_state(self) -> None:
@@ -231,7 +252,8 @@ def build_engine(
     Raises:
         UserError: nothing trains; plain torch was asked for more than one rank, or is all there is for them.
     """
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    trains = any(parameter.requires_grad for parameter in model.parameters())
+    if not trains and grid.pipeline == 1:
         raise UserError("no parameter of the model trains: there is nothing for an engine to do")
     if backend == "auto":
         backend = "deepspeed" if importlib.util.find_spec("deepspeed") else "plain"
@@ -239,12 +261,15 @@ def build_engine(
         raise UserError(f"{grid.world} ranks need DeepSpeed, which is not installed: pip install deepspeed")
     cast_parameters(model, DTYPES[precision])
     model.to(grid.device)
-    names = global_names(model)
+    tied = None if grid.embedding_group is None else TiedCopies(model, grid)
+    names = global_names(model, tied_copies=tied.names if tied is not None else {})
     groups = parameter_groups(model, weight_decay=weight_decay)
     hyper = {"lr": 0.0, "betas": tuple(betas), "eps": eps}
-    if grid.device.type == "cpu":
-        hyper["fused"] = True  # one pass over masters and moments instead of ten; on CUDA torch chooses well itself
-    if backend == "plain":
+    if grid.device.type == "cpu" and not tied:
+        # One pass over masters and moments instead of ten; on CUDA torch chooses well itself. But there the last bit of
+        # a result may depend on where in the buffer an element lies, which differs between two copies of a tensor.
+        hyper["fused"] = True
+    if backend == "plain" or not trains:
         machinery: Backend = PlainBackend(model, groups, hyper)
     else:
         from moe_dist.train.deepspeed_seam import DeepSpeedBackend
@@ -258,7 +283,9 @@ def build_engine(
             precision=precision,
             reduce_bucket_size=reduce_bucket_size,
         )
-    return Engine(machinery, grid, names, clip_norm=clip_norm, accumulation_steps=accumulation_steps)
+    if tied:
+        tied.connect(machinery.held)
+    return Engine(machinery, grid, names, tied=tied, clip_norm=clip_norm, accumulation_steps=accumulation_steps)
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:

@@ -7,28 +7,25 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-
-def is_expert(parameter: nn.Parameter) -> bool:
-    """Whether the parameter belongs to experts, which other ranks of an expert group do not hold."""
-    return getattr(parameter, "is_expert", False)
+from moe_dist.train.family import EXPERT, FAMILIES, family_of
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict]:
-    """Optimizer groups of the parameters that train: {dense, expert} × {with, without decay}, empty ones left out.
+    """Optimizer groups of the parameters that train: families × {with, without decay}, empty ones left out.
 
     Only matrices decay: norms and biases do not. A stack of experts counts as what one expert holds, so the stacked
     biases `[S,F]` do not decay either. Groups and their order depend on names and shapes alone, so they are the same
-    on every rank. Each group is a dict of params, weight_decay and `expert` (bool).
+    on every rank of a pipeline stage. Each group is a dict of params, weight_decay and `family` (see `train.family`).
     """
     groups = {
-        (expert, decays): {"params": [], "weight_decay": weight_decay if decays else 0.0, "expert": expert}
-        for expert in (False, True)
+        (family, decays): {"params": [], "weight_decay": weight_decay if decays else 0.0, "family": family}
+        for family in FAMILIES
         for decays in (True, False)
     }
     for parameter in model.parameters():
         if parameter.requires_grad:
-            expert = is_expert(parameter)
-            groups[expert, parameter.dim() - expert >= 2]["params"].append(parameter)
+            family = family_of(parameter)
+            groups[family, parameter.dim() - (family == EXPERT) >= 2]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]
 
 

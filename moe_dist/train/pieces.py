@@ -6,14 +6,16 @@ global gradient norm a plain sum of squares over ranks, and a checkpoint complet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from moe_dist.checkpoint.fragments import NOT_EXPERT, Fragment, Place, split_flat, wanted_for
+from moe_dist.checkpoint.fragments import NOT_EXPERT, Fragment, Place, cut_at, wanted_for, wanted_for_part
 from moe_dist.moe.layer import MoEExperts
+from moe_dist.parallel.shard import shard_of
+from moe_dist.train.family import Replicas
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
 
@@ -48,27 +50,54 @@ class GlobalName:
     seat_ids: tuple[int | None, ...]
     per_expert_numel: int
 
-    def fragments(self, offset: int, tensor: torch.Tensor) -> list[Fragment]:
-        return split_flat(self.name, self.seat_ids, self.per_expert_numel, offset, tensor)
-
     def places(self, offset: int, length: int) -> list[Place]:
         return wanted_for(self.name, self.seat_ids, self.per_expert_numel, offset, length)
 
+    def fragments(self, offset: int, tensor: torch.Tensor) -> list[Fragment]:
+        return cut_at(self.places(offset, tensor.numel()), tensor)
 
-def global_names(model: nn.Module) -> dict[nn.Parameter, GlobalName]:
+
+@dataclass(frozen=True)
+class PartName(GlobalName):
+    """What a part of a tensor cut over the tensor axis is called: run k of it, of `per_expert_numel` elements, begins
+    at element `first + k·stride` of the whole tensor."""
+
+    first: int
+    stride: int
+
+    def places(self, offset: int, length: int) -> list[Place]:
+        return wanted_for_part(
+            self.name,
+            run=self.per_expert_numel,
+            first=self.first,
+            stride=self.stride,
+            flat_offset=offset,
+            length=length,
+        )
+
+
+def global_names(model: nn.Module, tied_copies: Mapping[str, str] | None = None) -> dict[nn.Parameter, GlobalName]:
     """The global name of every local parameter. Call it before ZeRO 3 empties the parameters.
 
     An expert tensor is named by its layer's path and the parameter's own name, without the span that holds it: whether
     an expert trains does not change what it is called.
+    tied_copies: local name -> name of the tensor, held by another pipeline stage, that it is a copy of.
     """
-    names = {}
+    names: dict[nn.Parameter, GlobalName] = {}
     for path, module in model.named_modules():
         if isinstance(module, MoEExperts):
             for name, parameter, seat_ids in module.expert_parameters():
                 names[parameter] = GlobalName(f"{path}.{name}", seat_ids, parameter[0].numel())
-    for name, parameter in model.named_parameters():
-        if parameter not in names:
+    for local, parameter in model.named_parameters():
+        if parameter in names:
+            continue
+        name, shard = (tied_copies or {}).get(local, local), shard_of(parameter)
+        if shard is None:
             names[parameter] = GlobalName(name, (NOT_EXPERT,), parameter.numel())
+        else:
+            # Along the dimension that is cut the part is one block of rows; before it, one such block for each index.
+            run = parameter[(0,) * shard.dim].numel()
+            names[parameter] = PartName(name, (NOT_EXPERT,), run, shard.part * run, shard.parts * run)
     return names
 
 
@@ -80,15 +109,17 @@ def share(numel: int, *, part: int, parts: int) -> tuple[int, int]:
 
 
 def replicated_pieces(
-    masters: dict[nn.Parameter, torch.Tensor], place: Callable[[nn.Parameter], tuple[int, int]]
+    masters: dict[nn.Parameter, torch.Tensor], replicas: Callable[[nn.Parameter], Replicas] | None = None
 ) -> Iterator[Piece]:
     """Pieces where each replica holds the whole optimizer state: every replica answers for an even slice.
 
-    `place(parameter)` is this rank's (place, count) among the parameter's replicas.
+    Without `replicas` they are what this rank holds: everything.
     """
     for parameter, master in masters.items():
-        part, parts = place(parameter)
-        offset, length = share(master.numel(), part=part, parts=parts)
+        offset, length = 0, master.numel()
+        if replicas is not None:
+            among = replicas(parameter)
+            offset, length = share(master.numel(), part=among.place, parts=among.count)
         if length:
             yield Piece(parameter, offset, length, master, offset, _slice_of_grad(master, offset, length))
 

@@ -13,18 +13,22 @@ from moe_dist.train.pieces import replicated_pieces
 
 
 class PlainBackend:
-    """What `Engine` asks of the machinery below it, for a single process. `DeepSpeedBackend` is the other one."""
+    """What `Engine` asks of the machinery below it, for a single process, and for a rank whose pipeline stage holds
+    nothing that trains: it has nothing to reduce. `DeepSpeedBackend` is the other one."""
 
     def __init__(self, model: nn.Module, groups: list[dict], hyper: dict):
         self.module = model
-        self.optimizer = MasterAdamW(groups, **hyper)
-        self.owned = self.held = list(replicated_pieces(self.optimizer.masters, lambda parameter: (0, 1)))
+        self.optimizer = MasterAdamW(
+            groups or [{"params": [torch.zeros(0)]}], **hyper
+        )  # AdamW refuses no tensor at all
+        self.owned = self.held = list(replicated_pieces(self.optimizer.masters))
 
     def forward(self, **batch):
         return self.module(**batch)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
 
     def optimizer_step(self) -> None:
         self.optimizer.step()

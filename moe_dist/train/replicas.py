@@ -19,7 +19,7 @@ from moe_dist.config.save import to_dict
 from moe_dist.config.schema import RunConfig
 from moe_dist.errors import PolicyStop
 from moe_dist.parallel.grid import Grid
-from moe_dist.train.optim import is_expert
+from moe_dist.train.family import is_expert
 from moe_dist.train.state import stored_buffers
 
 _WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

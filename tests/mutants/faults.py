@@ -203,10 +203,10 @@ def gate_and_up_exchanged(original):
 
 
 def loss_is_a_mean(original):
-    def mean(logits, labels):
-        from moe_dist.train.losses import count_labels
+    def mean(logits, targets, **options):
+        from moe_dist.train.losses import IGNORE
 
-        return original(logits, labels) / max(count_labels(labels), 1)
+        return original(logits, targets, **options) / max(int((targets != IGNORE).sum()), 1)
 
     return mean
 
@@ -221,7 +221,7 @@ def gradients_averaged_over_ranks(original):
 
 def norm_is_the_mean_of_ranks(original):
     def norm(self):
-        square = sum(float(piece.gradient().double().pow(2).sum()) for piece in self._backend.owned)
+        square = sum(float(piece.gradient().double().pow(2).sum()) for piece in self._owned)
         total = torch.tensor([math.sqrt(square)])
         dist.all_reduce(total)
         return total.item() / dist.get_world_size(), False
@@ -231,19 +231,19 @@ def norm_is_the_mean_of_ranks(original):
 
 def norm_of_this_rank_alone(original):
     def norm(self):
-        return math.sqrt(sum(float(piece.gradient().double().pow(2).sum()) for piece in self._backend.owned)), False
+        return math.sqrt(sum(float(piece.gradient().double().pow(2).sum()) for piece in self._owned)), False
 
     return norm
 
 
 def norm_without_experts(original):
     def norm(self):
-        owned = self._backend.owned
-        self._backend.owned = [piece for piece in owned if not getattr(piece.parameter, "is_expert", False)]
+        owned = self._owned
+        self._owned = [piece for piece in owned if not getattr(piece.parameter, "is_expert", False)]
         try:
             return original(self)
         finally:
-            self._backend.owned = owned
+            self._owned = owned
 
     return norm
 
@@ -305,8 +305,8 @@ FAULTS = {
     "expert not loaded": Fault(f"{MODELS}.loading:_read_experts", last_expert_not_loaded),
     "experts doubled": Fault(f"{MODELS}.loading:_read_experts", every_rank_loads_the_first_experts),
     "gate and up exchanged": Fault(f"{MODELS}.layout:Concat.join", gate_and_up_exchanged, ONE_RANK),
-    "loss is a mean": Fault(f"{TRAIN}.passes:label_loss_sum", loss_is_a_mean, ONE_RANK),
-    "labels not moved": Fault(f"{TRAIN}.losses:next_labels", labels_not_moved, ONE_RANK),
+    "loss is a mean": Fault(f"{TRAIN}.passes:target_loss_sum", loss_is_a_mean, ONE_RANK),
+    "labels not moved": Fault(f"{TRAIN}.rows:next_labels", labels_not_moved, ONE_RANK),
     "averaged over ranks": Fault(f"{SEAM}:DeepSpeedBackend.backward", gradients_averaged_over_ranks),
     "norm averaged": Fault(f"{TRAIN}.engine:Engine._norm_and_flag", norm_is_the_mean_of_ranks),
     "norm of one rank": Fault(f"{TRAIN}.engine:Engine._norm_and_flag", norm_of_this_rank_alone),

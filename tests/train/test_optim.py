@@ -15,22 +15,22 @@ def test_only_matrices_decay_and_stacked_biases_are_no_matrices():
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = parameter_groups(model, weight_decay=0.1)
     found = {
-        (group["expert"], group["weight_decay"]): {names[parameter] for parameter in group["params"]}
+        (group["family"], group["weight_decay"]): {names[parameter] for parameter in group["params"]}
         for group in groups
     }
-    assert found[True, 0.1] == {f"layers.0.experts.trainable.{name}" for name in ("gate_up_proj", "down_proj")}
-    assert found[True, 0.0] == {
+    assert found["expert", 0.1] == {f"layers.0.experts.trainable.{name}" for name in ("gate_up_proj", "down_proj")}
+    assert found["expert", 0.0] == {
         f"layers.0.experts.trainable.{name}" for name in ("gate_up_proj_bias", "down_proj_bias")
     }
-    assert {"embed.weight", "head.weight", "layers.0.router.weight"} <= found[False, 0.1]
-    assert {"head.bias", "layers.1.norm.weight", "layers.1.norm.bias"} <= found[False, 0.0]
+    assert {"embed.weight", "head.weight", "layers.0.router.weight"} <= found["dense", 0.1]
+    assert {"head.bias", "layers.1.norm.weight", "layers.1.norm.bias"} <= found["dense", 0.0]
     trained = {names[parameter] for parameter in names if parameter.requires_grad}
     assert set().union(*found.values()) == trained
 
 
 def test_empty_groups_are_left_out():
     model = toy.parallel_model(toy.full_weights(), Grid.single(), [[], []])
-    assert [group["expert"] for group in parameter_groups(model, weight_decay=0.1)] == [False, False]
+    assert [group["family"] for group in parameter_groups(model, weight_decay=0.1)] == ["dense", "dense"]
 
 
 def test_fp32_parameters_are_their_own_masters():
