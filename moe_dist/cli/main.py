@@ -34,6 +34,7 @@ VERBS = {
     "export": "write a run or a checkpoint as a Hugging Face folder",
     "inspect": "look at a run: tables, plots, and one page of them",
     "ckpt": "list and verify checkpoints",
+    "prove": "a layout against one plain process, on a few layers of your own model",
     "preflight": "check the ranks of a run, their network and the room for it",
     "launch": "start a run under SLURM: a complete batch script from the config",
     "doctor": "check this machine and the installation",
