@@ -313,7 +313,7 @@ FAULTS = {
     "norm without experts": Fault(f"{TRAIN}.engine:Engine._norm_and_flag", norm_without_experts),
     "never clipped": Fault(f"{TRAIN}.engine:Engine._clip", never_clipped, ONE_RANK),
     "everything decays": Fault(f"{TRAIN}.engine:parameter_groups", everything_decays, ONE_RANK),
-    "frozen experts train": Fault(f"{MODELS}.loading:swap", frozen_experts_train, ESFT),
+    "frozen experts train": Fault(f"{MODELS}.cut:swap", frozen_experts_train, ESFT),
     "experts taken for dense": Fault(f"{MOE}.experts:ExpertSpan.__init__", experts_taken_for_dense),
     "last micro-batch only": Fault(f"{TRAIN}.engine:Engine.backward", only_the_last_micro_batch, ONE_RANK),
 }

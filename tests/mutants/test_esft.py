@@ -131,7 +131,7 @@ CASES = {
         ),
     ),
     "state of frozen experts": Case(
-        Fault(f"{MODELS}.loading:swap", frozen_experts_have_state),
+        Fault(f"{MODELS}.cut:swap", frozen_experts_have_state),
         lambda ranks, folder, _: bytes_.test_bytes_of_optimizer_and_gradients(ranks, folder, 2, 1, "fp32"),
     ),
     "adapter's experts exchanged": Case(
