@@ -37,31 +37,25 @@ def model_inputs(batch: dict, config, *, dtype=None) -> dict:
     }
 
 
-def ready_masks(position_ids, config, *, dtype=None, always: bool = False):
-    """The masks that a model makes of position ids [B, L], by the same functions of transformers: one [B, 1, L, L],
-    or one for each kind of layer in a dict, whichever the model takes.
+def ready_masks(position_ids, config, *, dtype=None):
+    """The masks that a model makes of position ids [B, L], by the same functions of transformers: one [B, 1, L, L], or
+    one for each kind of layer in a dict, whichever the model takes.
 
-    None stands for plain causal attention where the implementation needs no mask for it. With `always` there is one
-    even then: a model that gets a part of the L tokens would make a mask of that part.
+    None stands for plain causal attention where the implementation needs no mask for it: every row is one document,
+    not longer than a window.
     """
     import torch
-    from transformers.masking_utils import create_causal_mask, create_masks_for_generate
+    from transformers.masking_utils import create_masks_for_generate
 
     # Batch, length, dtype and device are all that the mask functions read from the embeddings.
     shape_only = torch.empty((*position_ids.shape, 0), dtype=dtype or torch.float32, device=position_ids.device)
-    arguments = {
-        "config": config.get_text_config(),
-        "inputs_embeds": shape_only,
-        "attention_mask": None,
-        "past_key_values": None,
-        "position_ids": position_ids,
-    }
-    masks = create_masks_for_generate(**arguments)
-    kinds = masks if isinstance(masks, dict) else {"": masks}
-    if always and any(mask is None for mask in kinds.values()):
-        causal = create_causal_mask(**arguments, allow_is_causal_skip=False)
-        kinds = {kind: causal if mask is None else mask for kind, mask in kinds.items()}
-    return kinds if isinstance(masks, dict) else kinds[""]
+    return create_masks_for_generate(
+        config=config.get_text_config(),
+        inputs_embeds=shape_only,
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=position_ids,
+    )
 
 
 def check_packing(config) -> None:

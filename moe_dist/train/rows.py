@@ -59,12 +59,13 @@ def model_inputs(rows: Rows, config, *, dtype: torch.dtype | None = None) -> dic
     """The keyword arguments with which a transformers model is called for `rows`; see `moe_dist.data.attention`.
 
     Where rows are cut, attention gets ready masks of whole rows: the model would make its own of what it is given.
+    Where whole rows need no mask, being one document each, it comes to the same of a part of them.
     """
     if not rows.are_cut:
         return attention.model_inputs(rows.batch, config, dtype=dtype)
     return {
         "input_ids": rows.input_ids_BM,
         "position_ids": rows.position_ids_BM,
-        "attention_mask": attention.ready_masks(rows.batch["position_ids"], config, dtype=dtype, always=True),
+        "attention_mask": attention.ready_masks(rows.batch["position_ids"], config, dtype=dtype),
         "use_cache": False,
     }

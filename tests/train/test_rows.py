@@ -71,6 +71,9 @@ def test_the_mask_of_cut_rows_is_that_of_whole_ones(implementation, packed):
     expected = (document_BL[:, :, None] == document_BL[:, None, :]) & torch.ones(16, 16).tril().bool()
     for _, rows in every_rank(batch, sequence=2):
         mask = model_inputs(rows, config)["attention_mask"]
+        if implementation == "sdpa" and not packed:
+            assert mask is None  # plain causal attention, for which it has a faster way
+            continue
         assert torch.equal(mask[:, 0] if implementation == "sdpa" else mask[:, 0] == 0, expected)
         if implementation == "eager":
             assert torch.equal(mask[:, 0][~expected].unique(), torch.tensor([NEGATIVE]))
@@ -87,7 +90,6 @@ def test_a_model_computes_with_ready_masks_what_it_does_with_its_own(name, imple
     if not packed:
         batch["position_ids"] = torch.arange(16).repeat(3, 1)
     plain = model(**attention.model_inputs(batch, model.config)).logits
-    ready = attention.ready_masks(batch["position_ids"], model.config, always=True)
-    assert all(mask is not None for mask in (ready.values() if isinstance(ready, dict) else [ready]))
+    ready = attention.ready_masks(batch["position_ids"], model.config)
     inputs = {**attention.model_inputs(batch, model.config), "attention_mask": ready}
     torch.testing.assert_close(model(**inputs).logits, plain, rtol=0, atol=1e-6)
