@@ -62,8 +62,12 @@ def losses_on(model: nn.Module, rows: dict[str, torch.Tensor], batch: int) -> di
     found = {}
     for name, rows_BL in rows.items():
         batches = (as_batch(part_BL) for part_BL in rows_BL.split(batch))
-        found[name] = held_out(lambda batch: forward(model, batch), model, batches, Grid.single())
+        found[name] = held_out(lambda batches: _losses(model, batches), model, batches, Grid.single())
     return found
+
+
+def _losses(model: nn.Module, batches: Iterable[dict]) -> Iterator[torch.Tensor]:
+    return (label_loss_sum(forward(model, batch), batch["labels"]) for batch in batches)
 
 
 def drawn(domains: Sequence[Domain], *, batch: int, length: int, seed: int) -> Iterator[torch.Tensor]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from moe_dist import checkpoint
@@ -21,8 +23,8 @@ from moe_dist.train.build import ModelPlan, build_model, load_tokenizer, plan_mo
 from moe_dist.train.evaluate import held_out
 from moe_dist.train.loop import to_device
 from moe_dist.train.lora import write_adapter
+from moe_dist.train.passes import run_forwards
 from moe_dist.train.routing import Routing
-from moe_dist.train.rows import model_inputs, rank_rows
 from moe_dist.train.start import start_ranks
 
 
@@ -80,10 +82,8 @@ def evaluate_run(config: RunConfig, *, weights: str | None = None) -> tuple[int 
     step = _lay_over(model, plan, Path(weights or config.run.dir), grid, required=weights is not None)
     routing = Routing(model, config.moe, grid)
 
-    def forward(batch: dict):
-        part = rank_rows(batch, grid)
-        routing.see(part.real_BS)
-        return model(**model_inputs(part, model.config, dtype=model.dtype)).logits
+    def losses(batches: Iterable[dict]) -> Iterator[torch.Tensor]:
+        return run_forwards(model, model, routing, batches, grid)
 
     results = {}
     for domain, rows in data.eval.items():
@@ -93,7 +93,7 @@ def evaluate_run(config: RunConfig, *, weights: str | None = None) -> tuple[int 
             micro_batch=config.train.micro_batch_size,
             limit=config.train.eval_batches,
         )
-        results[domain] = held_out(forward, model, (to_device(batch, device) for batch in batches), grid)
+        results[domain] = held_out(losses, model, (to_device(batch, device) for batch in batches), grid)
     return step, results
 
 

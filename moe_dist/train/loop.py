@@ -22,12 +22,11 @@ from moe_dist.train.build import build_model, load_tokenizer, plan_model
 from moe_dist.train.engine import build_engine
 from moe_dist.train.evaluate import held_out
 from moe_dist.train.metrics import MetricLog
-from moe_dist.train.passes import run_passes
+from moe_dist.train.passes import run_forwards, run_passes
 from moe_dist.train.proof import ChangeProof
 from moe_dist.train.ranks import Together, ranks_together
 from moe_dist.train.replicas import check_replicas
 from moe_dist.train.routing import Routing
-from moe_dist.train.rows import model_inputs, rank_rows
 from moe_dist.train.saving import Saver
 from moe_dist.train.schedule import learning_rate
 from moe_dist.train.skipped import suspects
@@ -121,15 +120,8 @@ def _train(config: RunConfig, ranks: Together, *, resume: str, overwrite: bool, 
                 f"data {name}: {source['documents']:,} documents, {source['tokens']:,} tokens, {source['rows']:,} rows"
             )
 
-    def forward(batch: dict) -> torch.Tensor:
-        rows = rank_rows(batch, grid)
-        routing.see(rows.real_BS)
-        return engine.forward(**model_inputs(rows, model.config, dtype=model.dtype)).logits
-
-    def moved(batches: Iterable[dict]) -> Iterator[dict]:
-        for batch in batches:
-            guard.beat("evaluation")
-            yield to_device(batch, device)
+    def losses(batches: Iterable[dict]) -> Iterator[torch.Tensor]:
+        return run_forwards(engine.forward, model, routing, batches, grid, guard=guard)
 
     def evaluate() -> dict[str, dict[str, float]]:
         guard.beat("evaluation")
@@ -138,7 +130,7 @@ def _train(config: RunConfig, ranks: Together, *, resume: str, overwrite: bool, 
             batches = rows.batches(
                 rank=grid.data_rank, ranks=grid.data, micro_batch=settings.micro_batch_size, limit=settings.eval_batches
             )
-            results[domain] = held_out(forward, model, moved(batches), grid)
+            results[domain] = held_out(losses, model, (to_device(batch, device) for batch in batches), grid)
             log.say(f"step {step}  held-out {domain}  loss {results[domain]['loss']:.4f}")
         if results:
             named = getattr(model.config, "expert_names", None)

@@ -31,13 +31,14 @@ class Routing:
         self.layers = moe_layers(model)
         loss_on = settings.balance_loss != "none" and settings.balance_coef > 0
         rate = settings.expert_bias_rate
-        experts = _of_all_stages({name: layer.spec.num_experts for name, layer in self.layers}, grid)
+        experts = of_all_stages({name: layer.spec.num_experts for name, layer in self.layers}, grid)
         sites = []
         if (loss_on or settings.z_loss_coef or rate) and (self.layers or not experts):
             sites = router_sites(model)  # which refuses a dense model; a dense stage just has none
         self.tap = RouterTap(sites, routers=len(experts)) if loss_on or settings.z_loss_coef else None
         self.bias = ExpertBias(sites, rate=rate, grid=grid) if rate and sites else None
-        self._num_experts = max(experts.values(), default=0)
+        self.num_experts = max(experts.values(), default=0)
+        self.hf_on = loss_on and settings.balance_loss == "hf"
         self._window = {name: LoadStatistics(layer.spec.num_experts) for name, layer in self.layers}
         self.window_steps = 0
         warning = double_balance_warning(sites, settings.balance_loss, settings.balance_coef)
@@ -46,7 +47,7 @@ class Routing:
                 "a token has one expert and there is no balance loss: an expert that gets no tokens has no gradient, "
                 "and will get none. Set moe.balance_loss and a moe.balance_coef above 0"
             )
-        self._warning = next(filter(None, _of_all_stages({grid.pipeline_rank: warning}, grid).values()), None)
+        self._warning = next(filter(None, of_all_stages({grid.pipeline_rank: warning}, grid).values()), None)
 
     def announce(self) -> list[str]:
         """Which routing losses are on, in words: a loss that is silently on or off has cost people whole runs."""
@@ -80,22 +81,20 @@ class Routing:
         """The context of a training forward whose `loss_share` is wanted."""
         return self.tap or contextlib.nullcontext()
 
-    def loss_share(self, rows: Rows) -> torch.Tensor | float:
+    def loss_share(self, rows: Rows) -> torch.Tensor:
         """This rank's share of the routing losses of the last forward, coefficients applied (see `moe.balance`)."""
-        if self.tap is None:
-            return 0.0
         losses = self.losses(rows)
         assert losses.hf is None, "hf over pipeline stages is not the share of one of them"
         return losses.share
 
     def losses(self, rows: Rows) -> RouterLosses:
         """The same in parts, for pipeline stages: with `hf`, `share` has the z-loss alone, and `hf` this stage's sums,
-        to which `moe.balance_coef` is not applied. Wanted only where `tap` is there."""
-        if not self.layers:
+        to which `moe.balance_coef` is not applied."""
+        if self.tap is None or not self.layers:
             zero = torch.zeros((), device=self.grid.device)
             parts = None
-            if self.settings.balance_loss == "hf" and self.settings.balance_coef:
-                none_E = zero.expand(self._num_experts)
+            if self.hf_on:
+                none_E = zero.expand(self.num_experts)
                 parts = HfParts(none_E, none_E.long(), zero.double())
             return RouterLosses(zero, zero, zero, parts)
         return self.tap.loss_share(
@@ -125,7 +124,7 @@ class Routing:
         for name, layer in self.layers:
             total = layer.statistics.total(self.grid.stage_group, self.grid.device).cpu()
             mine[str(layer_index(name))] = summarise(total), rank_load_max(total, layer.placement.fractions)
-        every = _of_all_stages(mine, self.grid)
+        every = of_all_stages(mine, self.grid)
         if not every:
             return {}
         layers = {index: figures for index, (figures, _) in every.items()}
@@ -147,7 +146,7 @@ class Routing:
             str(layer_index(name)): self._window[name].total(self.grid.stage_group, self.grid.device).tolist()
             for name, _ in self.layers
         }
-        totals = _of_all_stages(totals, self.grid)
+        totals = of_all_stages(totals, self.grid)
         steps, self.window_steps = self.window_steps, 0
         for statistics in self._window.values():
             statistics.reset()
@@ -158,7 +157,7 @@ class Routing:
         }
 
 
-def _of_all_stages(mine: dict, grid: Grid) -> dict:
+def of_all_stages(mine: dict, grid: Grid) -> dict:
     """The entries of all pipeline stages, in order of depth; small things only. Collective over the pipeline group."""
     if grid.pipeline_group is None:
         return mine

@@ -62,8 +62,8 @@ def at_place(rank: int, place: str, act, call: int) -> None:
     owner, name = {
         "loading": (loop, "build_model"),
         "data": (TrainData, "next_batch"),
-        "forward": (passes, "label_loss_sum"),
-        "backward": (passes, "label_loss_sum"),
+        "forward": (passes, "target_loss_sum"),
+        "backward": (passes, "target_loss_sum"),
         "checkpoint": (writer._Save, "write"),
         "evaluation": (loop, "held_out"),
     }[place]

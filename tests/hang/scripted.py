@@ -62,11 +62,11 @@ class Script:
     def harmed(self, loss_sum):
         """`loss_sum`, wrong on one rank in the steps that say so."""
 
-        def harm(logits_BLV: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
+        def harm(logits_BMV: torch.Tensor, targets_BM: torch.Tensor, **options) -> torch.Tensor:
             factor = math.inf if self.kind == INF_GRADIENT else math.nan
             if self.kind in (NAN_GRADIENT, INF_GRADIENT) and self.rank == 0:
-                logits_BLV.register_hook(lambda gradient: gradient * factor)
-            loss = loss_sum(logits_BLV, labels_BL)
+                logits_BMV.register_hook(lambda gradient: gradient * factor)
+            loss = loss_sum(logits_BMV, targets_BM, **options)
             return loss * math.nan if self.kind == NAN_LOSS and self.rank == self.last_rank else loss
 
         return harm
@@ -77,7 +77,7 @@ def train(tree: dict, steps: tuple[str, ...]) -> int | str:
     script = Script(steps)
     with ExitStack() as patches:
         patches.enter_context(patch.object(loop, "build_data", lambda *_, **__: Data(script, {}, {"train": {}})))
-        patches.enter_context(patch.object(passes, "label_loss_sum", script.harmed(passes.label_loss_sum)))
+        patches.enter_context(patch.object(passes, "target_loss_sum", script.harmed(passes.target_loss_sum)))
         try:
             return loop.train(build(tree))
         except PolicyStop as stop:
