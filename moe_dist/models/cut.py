@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from moe_dist.errors import UserError
+from moe_dist.models.stages import keep_stage
 from moe_dist.models.surgery import Seating, Trainable, moe_layers, swap
-from moe_dist.models.tensor import cut_tensors
+from moe_dist.models.tensor import check_tensors, cut_tensors
 from moe_dist.models.ulysses import spread_attention
 from moe_dist.moe.layer import MoEExperts
 from moe_dist.parallel.grid import Grid
@@ -43,7 +43,7 @@ def cut(model: nn.Module, grid: Grid) -> None:
     Needs sizes and no process groups, so it works for `--dry-run`. Raises UserError where the model does not allow a
     size, saying what would work.
     """
-    if grid.pipeline > 1:
-        raise UserError(f"parallel.pipeline={grid.pipeline}: not available for this model yet")
+    check_tensors(model, grid)
+    keep_stage(model, grid)
     cut_tensors(model, grid)
     spread_attention(model, grid)

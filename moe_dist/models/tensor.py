@@ -52,24 +52,35 @@ class Block:
         return bool(_MIXERS & set(_arguments(self.module)))
 
 
-def cut_tensors(model: PreTrainedModel, grid: Grid) -> None:
-    """Keep this rank's part of every tensor that the tensor axis cuts, and hook the exchanges onto their modules.
+def check_tensors(model: PreTrainedModel, grid: Grid) -> None:
+    """Raise UserError for a model that the tensor axis cannot cut, or not into as many parts, saying what would work.
 
-    In place, on any device, the meta device included; nothing at size 1. Cut parameters carry their `shard`. Raises
-    UserError for a model that cannot be cut so, or not into as many parts.
+    model: whole, so that every pipeline stage refuses what any of them would.
     """
     if grid.tensor == 1:
         return
     if getattr(model, "peft_config", None) is not None or getattr(model.config, "mixse", None) is not None:
         raise _refused(grid, "LoRA, alone or mixed, is added to whole linear layers")
-    plan = tensor_plan(model)
-    blocks = find_blocks(model, plan, grid)
-    head = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
-    _check_sizes(model, grid, blocks, embedding, head)
+    if type(embedding).forward is not nn.Embedding.forward:
+        raise _refused(grid, f"its embedding ({type(embedding).__name__}) does more than a lookup")
+    blocks = find_blocks(model, grid)
+    for path, module in _mixers(model):
+        if not any(path == block or path.startswith(f"{block}.") for block in blocks):
+            raise _refused(grid, f"its plan in transformers does not cut {path} ({type(module).__name__})")
+    _check_sizes(model, grid, blocks)
 
+
+def cut_tensors(model: PreTrainedModel, grid: Grid) -> None:
+    """Keep this rank's part of every tensor that the tensor axis cuts, and hook the exchanges onto their modules.
+
+    In place, on any device, the meta device included; nothing at size 1. Cut parameters carry their `shard`. The model
+    has passed `check_tensors`, and may be a pipeline stage of what has.
+    """
+    if grid.tensor == 1:
+        return
     made: dict[int, nn.Parameter] = {}
-    for block in blocks.values():
+    for block in find_blocks(model, grid).values():
         for name in block.columns:
             _cut(block.module.get_submodule(name), {"weight": 0, "bias": 0}, grid, made)
         row = block.module.get_submodule(block.row)
@@ -78,6 +89,7 @@ def cut_tensors(model: PreTrainedModel, grid: Grid) -> None:
             row.forward = functools.partial(_add_bias_once, row, grid)
         block.module.register_forward_pre_hook(functools.partial(_enter, grid), with_kwargs=True)
         block.module.register_forward_hook(functools.partial(_leave, grid))
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if isinstance(embedding, nn.Embedding):
         _cut(embedding, {"weight": 0}, grid, made)
         embedding.forward = functools.partial(_look_up, embedding, grid)
@@ -95,13 +107,13 @@ def tensor_plan(model: PreTrainedModel) -> dict[str, str]:
     return {f"{prefix}{name}": style for name, style in plan.items()} | dict(type(model)._tp_plan or {})
 
 
-def find_blocks(model: PreTrainedModel, plan: Mapping[str, str], grid: Grid) -> dict[str, Block]:
-    """Path -> block, for all blocks that `plan` cuts. Shared experts are not among them: every rank holds them whole.
+def find_blocks(model: PreTrainedModel, grid: Grid) -> dict[str, Block]:
+    """Path -> block, for all blocks of `model`. Shared experts are not among them: every rank holds them whole.
 
-    Raises UserError where the plan asks for what is not served here, and where a layer mixes tokens outside of a block.
+    Raises UserError where the family's plan asks for what is not served here.
     """
+    plan, head = tensor_plan(model), model.get_output_embeddings()
     parts: dict[str, dict[str, list[str]]] = {}
-    head = model.get_output_embeddings()
     for path, module in (*model.named_modules(), *model.named_parameters()):
         style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", path))
         parent, _, name = path.rpartition(".")
@@ -115,10 +127,6 @@ def find_blocks(model: PreTrainedModel, plan: Mapping[str, str], grid: Grid) -> 
         if not found[COLUMN] or len(found[ROW]) != 1:
             raise _refused(grid, f"its plan in transformers cuts {path} without one row-parallel layer at its end")
         blocks[path] = Block(model.get_submodule(path), tuple(found[COLUMN]), found[ROW][0])
-    inside = tuple(f"{path}." for path in blocks)
-    for path, module in _mixers(model):
-        if path not in blocks and not path.startswith(inside):
-            raise _refused(grid, f"its plan in transformers does not cut {path} ({type(module).__name__})")
     return blocks
 
 
@@ -128,28 +136,25 @@ def _is_of_experts(path: str) -> bool:
 
 
 def _mixers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of what mixes tokens in the decoder layers: whatever is called with masks, places or a cache."""
+    """(path, module) of what mixes tokens in the decoder layers: whatever is called with masks, places or a cache. A
+    layer itself is called with them, too, and is meant where nothing in it is."""
     for path, layers in model.named_modules():
         if not isinstance(layers, nn.ModuleList):
             continue
         for index, layer in enumerate(layers):
-            if not _MIXERS & set(_arguments(layer)):
-                continue
-            for name, module in layer.named_modules():
-                if name and _MIXERS & set(_arguments(module)):
-                    yield f"{path}.{index}.{name}", module
+            mixing = {name: part for name, part in layer.named_modules() if _MIXERS & set(_arguments(part))}
+            if len(mixing) > 1:
+                mixing.pop("", None)
+            for name, module in mixing.items():
+                yield f"{path}.{index}.{name}".rstrip("."), module
 
 
 def _arguments(module: nn.Module) -> list[str]:
     return list(inspect.signature(type(module).forward).parameters)
 
 
-def _check_sizes(
-    model: PreTrainedModel, grid: Grid, blocks: Mapping[str, Block], embedding: nn.Module | None, head: nn.Module | None
-) -> None:
+def _check_sizes(model: PreTrainedModel, grid: Grid, blocks: Mapping[str, Block]) -> None:
     """Raise UserError unless all that is dealt out can be dealt out evenly, saying into how many parts it can."""
-    if isinstance(embedding, nn.Embedding) and type(embedding).forward is not nn.Embedding.forward:
-        raise _refused(grid, f"its embedding ({type(embedding).__name__}) does more than a lookup")
     config = model.config.get_text_config()
     sizes: dict[str, int] = {}
     if any(block.is_attention for block in blocks.values()):
@@ -160,9 +165,7 @@ def _check_sizes(
     for path, block in blocks.items():
         if not block.is_attention:
             sizes[f"columns of {path}"] = block.module.get_submodule(block.row).in_features
-    for module in (embedding, head):
-        if isinstance(module, nn.Embedding | nn.Linear):
-            sizes["tokens of the vocabulary"] = module.weight.shape[0]
+    sizes["tokens of the vocabulary"] = model.get_input_embeddings().num_embeddings
     if wrong := {what: size for what, size in sizes.items() if size % grid.tensor}:
         what, size = next(iter(wrong.items()))
         most = math.gcd(*sizes.values())

@@ -11,14 +11,14 @@ from moe_dist.errors import UserError
 from moe_dist.models import init_model, load_model
 from moe_dist.models.recompute import enable_recompute
 from moe_dist.models.skeleton import build_skeleton, make_config
-from moe_dist.models.tensor import cut_tensors
+from moe_dist.models.tensor import check_tensors, cut_tensors
 from moe_dist.parallel import traffic
 from moe_dist.parallel.grid import build_grid, layout
 from moe_dist.parallel.shard import shard_of
 from moe_dist.train.losses import IGNORE, label_loss_sum, target_loss_sum
 from moe_dist.train.rows import model_inputs, rank_rows
 from tests.models.compare import distance, pairs
-from tests.models.tiny import CONFIGS, VOCAB, make_folder
+from tests.models.tiny import _BASE, CONFIGS, VOCAB, make_folder
 
 TIGHT = 2e-6
 CASES = {
@@ -182,9 +182,11 @@ def test_initialises_to_the_same_values(ranks, family):
 
 
 def _skeleton(family, tensor, **changes):
-    config = make_config({"model_type": family, **CONFIGS[family], **changes}, where="test")
+    config = make_config({"model_type": family, **CONFIGS.get(family, _BASE), **changes}, where="test")
     model = build_skeleton(config, torch.float32)
-    cut_tensors(model, layout(tensor, tensor=tensor))
+    grid = layout(tensor, tensor=tensor)
+    check_tensors(model, grid)
+    cut_tensors(model, grid)
     return model
 
 
@@ -213,6 +215,8 @@ def test_skeletons_need_no_groups():
         ("mixtral", 2, {"vocab_size": 97}, "97 tokens of the vocabulary.*works for it: 1$"),
         ("olmoe", 2, {}, "q_proj in a way that is not served here: colwise_gather_output"),
         ("gpt_oss", 2, {}, "does not cut model.layers.0.self_attn"),
+        ("deepseek_v4", 2, {}, "does not cut model.layers.0.self_attn"),  # whose layers take masks under no name
+        ("nexus_gemma", 2, {"intermediate_size": 40}, "embedding .*ScaledWordEmbedding.* does more than a lookup"),
     ],
 )
 def test_refusals(family, tensor, changes, says):
