@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moe_dist.config.checks import accumulation, axes_of, is_local
 from moe_dist.config.schema import RunConfig
+from moe_dist.models.stages import stage_layers
 from moe_dist.parallel.grid import Grid, layout
 from moe_dist.train.build import ModelPlan, plan_model
 from moe_dist.train.table import Row, human_bytes, optimizer_bytes, render, rows, shared
@@ -21,6 +22,10 @@ def describe(config: RunConfig, world_size: int) -> str:
         lines.append(f"model {config.model.path} is on the hub: its layers and memory are known once it is downloaded")
         return "\n\n".join(lines)
     plan = plan_model(config, grid)
+    if grid.pipeline > 1:
+        cuts = stage_layers(plan.skeleton, grid.pipeline)
+        listed = " | ".join(f"{layers.start}-{layers.stop - 1}" for layers in cuts)
+        lines.append(f"stages   layers {listed}; what follows is a rank of the first stage")
     settings = {"zero_stage": config.parallel.zero_stage, "precision": config.train.precision}
     lines.append(render(plan.local, plan.selection, grid, **settings))
     lines.append(_memory(config, plan, grid))
