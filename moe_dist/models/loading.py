@@ -71,6 +71,8 @@ def load_model(
     layers = swap_and_cut(model, grid, trainable=trainable, placement=placement, dense=dense)
     homes = _homes(model, targets, descriptions, tied if grid.pipeline > 1 else {})
     with files, torch.no_grad():
+        if grid.pipeline > 1:
+            _check_tied(tied, plan, files)
         for _, layer in layers:
             _read_experts(layer, plan.experts, files, dtypes)
         for group in plan.dense:
@@ -208,6 +210,18 @@ def _homes(
                 homes[name].append(other)
     ours = {name: [our_name(home, descriptions) for home in found] for name, found in homes.items()}
     return {name: [home for home in found if home in here] for name, found in ours.items()}
+
+
+def _check_tied(tied: Mapping[str, str], plan: ReadPlan, files: WeightFiles) -> None:
+    """UserError where a folder holds both ends of a tie with different values. One process would see that and not tie
+    them; stages that each hold one end would go on as if they were one tensor."""
+    keys = {group.first_target: group.names()[0] for group in plan.dense if group.converter is None}
+    for pair in tied.items():
+        if all(name in keys for name in pair) and not torch.equal(*(files.read(keys[name]) for name in pair)):
+            raise UserError(
+                f"the configuration ties {' and '.join(pair)}, but the folder holds different values for them; set "
+                "tie_word_embeddings to false in its config.json, or parallel.pipeline=1"
+            )
 
 
 def _convert(group: TensorGroup, tensors: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
