@@ -14,7 +14,8 @@ WORST = 5  # tensors that are named where something is off
 @dataclass(frozen=True)
 class Check:
     """One thing that was compared. error: the largest; tolerance: the largest allowed (0: equal to the bit). where: of
-    the largest error. worst: (name, error) of the largest ones. faults: what is wrong beyond any number."""
+    the largest error. worst: (name, error) of the largest ones. faults: what is wrong beyond any number. compared: how
+    many errors there are; errors: all of them by name."""
 
     name: str
     error: float
@@ -23,6 +24,7 @@ class Check:
     worst: tuple[tuple[str, float], ...] = ()
     faults: tuple[str, ...] = ()
     compared: int = 0
+    errors: dict[str, float] = field(default_factory=dict, repr=False)
 
     @property
     def holds(self) -> bool:
@@ -35,7 +37,7 @@ class Check:
         errors = {key: math.inf if math.isnan(error) else error for key, error in errors.items()}
         ranked = sorted(errors.items(), key=lambda item: -item[1])[:WORST]
         where, error = ranked[0] if ranked else ("", 0.0)
-        return Check(name, error, tolerance, where, tuple(ranked), faults, len(errors))
+        return Check(name, error, tolerance, where, tuple(ranked), faults, len(errors), errors)
 
     def line(self, width: int) -> str:
         allowed = "to the bit" if self.tolerance == 0 else f"of {self.tolerance:.0e}"
@@ -45,13 +47,11 @@ class Check:
 
 @dataclass
 class Certificate:
-    """facts: what was run, by name. notes: what is not as in the config. errors: of every gradient by its name."""
+    """facts: what was run, by name. notes: what is not as in the config."""
 
     facts: dict[str, object]
     notes: list[str] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
-    gradients: dict[str, float] = field(default_factory=dict)
-    weights: dict[str, float] = field(default_factory=dict)
 
     @property
     def holds(self) -> bool:
@@ -87,13 +87,21 @@ class Certificate:
             "verdict": self.verdict(),
             **self.facts,
             "notes": self.notes,
-            "checks": [{**asdict(check), "holds": check.holds} for check in self.checks],
-            "gradients": self.gradients,
-            "weights": self.weights,
+            "checks": [self._short(check) for check in self.checks],
+            **{name: self._errors(name) for name in ("gradients", "weights")},
         }
         path = folder / NAME
         path.write_text(json.dumps(_finite(tree), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         return path
+
+    def _errors(self, name: str) -> dict[str, float]:
+        """Of every tensor of a check."""
+        return next((check.errors for check in self.checks if check.name == name), {})
+
+    @staticmethod
+    def _short(check: Check) -> dict[str, object]:
+        fields = {name: value for name, value in asdict(check).items() if name != "errors"}
+        return {**fields, "holds": check.holds}
 
 
 def _finite(value):

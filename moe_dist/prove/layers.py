@@ -88,6 +88,16 @@ def check_layers(kept: Sequence[int], count: int, *, stages: int) -> list[int]:
     return sorted(kept)
 
 
+def cut_to(config: PreTrainedConfig, kept: list[int]) -> tuple[list[int], PreTrainedConfig, list[str]]:
+    """(layers, configuration, notes) of the model cut to `kept`; where the family's keys have no form for these, to all
+    up to the last of them, which every family has."""
+    try:
+        return kept, *cut_config(config, kept)
+    except UserError:
+        kept = list(range(kept[-1] + 1))
+        return kept, *cut_config(config, kept)
+
+
 def cut_config(config: PreTrainedConfig, kept: Sequence[int]) -> tuple[PreTrainedConfig, list[str]]:
     """The configuration of the model with the layers `kept` alone, and what else is not as in the original: what draws
     random numbers in training is switched off. Raises UserError where the family's keys do not allow this choice."""

@@ -21,7 +21,7 @@ from moe_dist.models.surgery import moe_layers
 from moe_dist.parallel.grid import Grid
 from moe_dist.prove.certificate import Certificate
 from moe_dist.prove.cut import copy_layers, make_random
-from moe_dist.prove.layers import check_layers, choose, cut_config, cut_selection, kinds, layers_path
+from moe_dist.prove.layers import check_layers, choose, cut_config, cut_selection, cut_to, kinds, layers_path
 from moe_dist.prove.plain import BYTES_A_PARAMETER, Plain
 from moe_dist.prove.problem import Problem, run_config, size_of_rows
 from moe_dist.prove.trial import judge
@@ -79,8 +79,11 @@ def pose(config: RunConfig, work: Path, grid: Grid, *, layers: Sequence[int] | N
     )
     found, routed = kinds(plan.skeleton, plan.selection)
     stages = config.parallel.pipeline
-    kept = choose(found, routed, stages=stages) if layers is None else check_layers(layers, len(found), stages=stages)
-    cut, notes = cut_config(whole, kept)
+    if layers is None:
+        kept, cut, notes = cut_to(whole, choose(found, routed, stages=stages))
+    else:
+        kept = check_layers(layers, len(found), stages=stages)
+        cut, notes = cut_config(whole, kept)
     folder = work / MODEL
     if plan.folder is None:
         make_random(cut, folder, seed=config.model.seed)

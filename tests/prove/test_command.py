@@ -1,0 +1,76 @@
+"""`moe-dist prove` as it is typed: its ranks, its exit codes, its certificate."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from moe_dist.cli.main import main
+from moe_dist.errors import EXIT_OK, EXIT_USER
+from tests.models.tiny import CONFIGS
+from tests.mutants.faults import FAULTS
+
+SETTINGS = {
+    "model": {"config": {"model_type": "qwen3_moe", **CONFIGS["qwen3_moe"]}, "tokenizer": "offline"},
+    "data": {"train": [{"corpus": "docstrings"}], "seq_len": 32},
+    "parallel": {"reduce_bucket_size": 300},
+    "moe": {"balance_loss": "layer_global"},
+    "train": {"global_batch_size": 8},
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**SETTINGS, "run": {"dir": str(tmp_path / "run")}}))
+    return path
+
+
+def certificate_in(folder) -> dict:
+    return json.loads((folder / "certificate.json").read_text())
+
+
+def test_a_proof_on_two_ranks_that_it_starts_itself(config, tmp_path, capfd):
+    words = ["prove", str(config), "--ranks", "2", "parallel.expert=2", "parallel.zero_stage=2"]
+    assert main([*words, "--timeout", "240"]) == EXIT_OK
+    said = capfd.readouterr().out
+    assert said.count("PROVED") == 1
+    assert "in float32" in said  # the config says bf16
+    written = certificate_in(tmp_path / "run-proof")
+    assert written["holds"] is True
+    assert {check["name"] for check in written["checks"]} == {
+        "logits", "chosen experts", "gradients", "loss", "clip norm", "weights", "frozen", "resume",
+    }  # fmt: skip
+    assert len(written["gradients"]) == len(written["weights"]) > 30
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run-proof" / "work").exists()
+
+
+def test_what_is_off_is_named_with_its_layer(config, tmp_path, capsys):
+    words = ["prove", str(config), "--out", str(tmp_path / "proof"), "--keep"]
+    with FAULTS["router detached"].planted():
+        assert main(words) == 1
+    said = capsys.readouterr().out
+    assert "NOT PROVED: gradients off, worst at model.layers." in said
+    assert "gate.weight" in said
+    written = certificate_in(tmp_path / "proof")
+    assert written["holds"] is False
+    assert next(check["name"] for check in written["checks"] if not check["holds"]) == "gradients"
+    assert (tmp_path / "proof" / "work" / "model" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--layers", "0,7"], "the model has the layers 0 to 1"),
+        (["--layers", "first"], "numbers of layers"),
+        (["--ranks", "0"], "at least 1"),
+        (["--ranks", "3", "parallel.expert=2"], "parallel.expert=2"),
+        (["parallel.world_size=2", "--ranks", "4"], "parallel.world_size=2"),
+    ],
+)
+def test_bad_input(config, tmp_path, capsys, words, said):
+    assert main(["prove", str(config), *words]) == EXIT_USER
+    assert said in capsys.readouterr().err
