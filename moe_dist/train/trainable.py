@@ -67,9 +67,10 @@ def select(section: TrainableSection, model: nn.Module, routers: list[str]) -> S
 
 def freeze(model: nn.Module, selection: Selection) -> None:
     """Set requires_grad of every parameter outside the experts (those carry it since they were placed)."""
+    copies = getattr(model, "tied_copies", {})  # of what the selection knows under another name, see `models.stages`
     for name, parameter in model.named_parameters():
         if not getattr(parameter, "is_expert", False):
-            parameter.requires_grad_(name in selection.names)
+            parameter.requires_grad_(copies.get(name, name) in selection.names)
 
 
 def layer_index(name: str) -> int | None:
