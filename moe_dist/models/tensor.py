@@ -61,13 +61,13 @@ def check_tensors(model: PreTrainedModel, grid: Grid) -> None:
         return
     if getattr(model, "peft_config", None) is not None or getattr(model.config, "mixse", None) is not None:
         raise _refused(grid, "LoRA, alone or mixed, is added to whole linear layers")
-    embedding = model.get_input_embeddings()
-    if type(embedding).forward is not nn.Embedding.forward:
-        raise _refused(grid, f"its embedding ({type(embedding).__name__}) does more than a lookup")
     blocks = find_blocks(model, grid)
     for path, module in _mixers(model):
         if not any(path == block or path.startswith(f"{block}.") for block in blocks):
             raise _refused(grid, f"its plan in transformers does not cut {path} ({type(module).__name__})")
+    embedding = model.get_input_embeddings()
+    if type(embedding).forward is not nn.Embedding.forward:
+        raise _refused(grid, f"its embedding ({type(embedding).__name__}) does more than a lookup")
     _check_sizes(model, grid, blocks)
 
 
