@@ -27,6 +27,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moe_dist.errors import UserError
+from moe_dist.models.nexus.configuration_nexus import CONFIGS as DENSE_TYPES
 from moe_dist.models.nexus.configuration_nexus import MODEL_TYPES as NEXUS_TYPES
 from moe_dist.parallel.grid import Grid
 from moe_dist.parallel.sequence import heads_of_tokens, tokens_of_heads
@@ -37,8 +38,8 @@ FUNCTIONS = ("eager", "sdpa")  # attention functions that work on ready masks
 # their neighbours outside of the attention function: convolutions, recurrences, indexers, temperatures by position.
 TRIED = (
     *("deepseek_v2", "deepseek_v3", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"),
-    *("llama", "mistral", "olmo2", "qwen2", "qwen3"),
-    *(name for name in NEXUS_TYPES if "gemma" not in name),
+    *DENSE_TYPES,
+    *NEXUS_TYPES,
 )
 _GROWING = ("dynamic", "longrope")  # rotary embeddings that look for the largest position of what they are given
 
@@ -130,6 +131,8 @@ def _check(model: PreTrainedModel, grid: Grid) -> None:
             f"{asked}: {model.config.model_type} has not been tried over the sequence axis, only "
             f"{', '.join(TRIED)}; set it to 1"
         )
+    if getattr(model.config, "mixse", None) is not None:
+        raise UserError(f"{asked}: a mixture of LoRA experts keeps the base model's states of whole rows; set it to 1")
     heads, rest = divmod(config.num_attention_heads, grid.tensor)
     assert rest == 0, "the tensor axis has checked that it divides the heads"
     if heads % grid.sequence:

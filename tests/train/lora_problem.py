@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from moe_dist.config.load import build
 from moe_dist.config.schema import RunConfig
-from moe_dist.data.attention import model_inputs
 from moe_dist.parallel.grid import build_grid
 from moe_dist.train.build import build_model, plan_model
 from moe_dist.train.engine import build_engine
-from moe_dist.train.losses import count_labels, label_loss_sum
+from moe_dist.train.losses import count_labels, target_loss_sum
+from moe_dist.train.rows import model_inputs, rank_rows
 from tests.parity import problem
 from tests.train.runner import packed
 
@@ -31,6 +31,7 @@ class Case:
     precision: str = "fp32"
     recompute: bool = False
     targets: tuple[str, ...] = ("all-linear",)
+    sequence: int = 1
 
 
 def config(case: Case, folder: str) -> RunConfig:
@@ -39,7 +40,7 @@ def config(case: Case, folder: str) -> RunConfig:
             "run": {"dir": "unused"},
             "model": {"path": folder, "attention": "eager"},
             "data": {"train": ["unused.jsonl"]},
-            "parallel": {"zero_stage": case.stage},
+            "parallel": {"zero_stage": case.stage, "sequence": case.sequence},
             "train": {"precision": case.precision, "recompute": case.recompute},
             "lora": {"rank": RANK, "alpha": ALPHA, "targets": list(case.targets), "seed": SEED},
         }
@@ -57,7 +58,7 @@ def fill_b(model: nn.Module) -> None:
 
 def ours(case: Case, folder: str) -> dict:
     """On each rank: the gradients of the first step, the norms, and the weights after three, of what it owns."""
-    settings, grid = config(case, folder), build_grid(expert=1)
+    settings, grid = config(case, folder), build_grid(sequence=case.sequence)
     model = build_model(settings, plan_model(settings, grid), grid)
     fill_b(model)
     engine = build_engine(
@@ -69,16 +70,17 @@ def ours(case: Case, folder: str) -> dict:
         eps=problem.EPS,
         weight_decay=problem.DECAY,
         clip_norm=problem.CLIP,
-        accumulation_steps=problem.ROWS // case.world,
+        accumulation_steps=problem.ROWS // grid.data,
         reduce_bucket_size=300,
     )
     result: dict = {"norms": []}
     for step, rate in enumerate(problem.RATES):
         batches = [problem.padded(row) for row in problem.rows(step)]
         labels = sum(count_labels(batch["labels"]) for batch in batches)
-        for batch in batches[grid.rank :: grid.world]:
-            logits = engine.forward(**model_inputs(batch, model.config, dtype=model.dtype)).logits
-            engine.backward(label_loss_sum(logits, batch["labels"]) / labels)
+        for batch in batches[grid.data_rank :: grid.data]:
+            rows = rank_rows(batch, grid)
+            logits = engine.forward(**model_inputs(rows, model.config, dtype=model.dtype)).logits
+            engine.backward(target_loss_sum(logits, rows.targets_BM) / labels)
         if step == 0:
             result["gradients"] = packed(engine.gradients())
         result["norms"].append(engine.step(rate).grad_norm)

@@ -21,6 +21,8 @@ CASES = [
     Case("olmo2", world=4, stage=2, recompute=True),
     Case("mistral", world=4, stage=3),
     Case("llama", world=4, stage=0),
+    Case("qwen3", world=2, stage=1, sequence=2),
+    Case("llama", world=4, stage=3, sequence=2, recompute=True),
 ]
 
 
