@@ -84,10 +84,22 @@ Ids ids_of(const Tensor& ids) {
 // What the row map returns, on the device of the ids; see RowMap.
 struct RowMapTensors {
   RowMapTensors(const Tensor& ids, int64_t num_experts, int64_t align)
-      : counts(torch::stable::new_empty(ids, {num_experts}, ScalarType::Long)),
-        row_of_slot(torch::stable::new_empty(ids, ids.sizes(), ScalarType::Int)),
-        slot_of_row(torch::stable::new_empty(ids, {room(ids.numel(), num_experts, align)}, ScalarType::Int)),
-        status(torch::stable::new_empty(ids, {3}, ScalarType::Long)) {}
+      : counts(empty(ids, {num_experts}, aoti_torch_dtype_int64())),
+        row_of_slot(empty(ids, {ids.size(0), ids.size(1)}, aoti_torch_dtype_int32())),
+        slot_of_row(empty(ids, {room(ids.numel(), num_experts, align)}, aoti_torch_dtype_int32())),
+        status(empty(ids, {3}, aoti_torch_dtype_int64())) {}
+  // Not `new_empty`, which goes by the dispatcher: for four of them as long as the sort of a small batch.
+  template <size_t kDim>
+  static Tensor empty(const Tensor& ids, const int64_t (&sizes)[kDim], int32_t dtype) {
+    int64_t strides[kDim];
+    for (size_t d = kDim, stride = 1; d-- > 0; stride *= sizes[d]) strides[d] = stride;
+    int32_t device_type;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(ids.get(), &device_type));
+    AtenTensorHandle made;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(kDim, sizes, strides, dtype, device_type, ids.get_device_index(), &made));
+    return Tensor(made);
+  }
   static int64_t room(int64_t slots, int64_t num_experts, int64_t align) {
     return slots + std::min(num_experts, slots) * (align - 1);
   }
@@ -119,6 +131,7 @@ void check_swiglu(const Tensor& z, const Tensor& a) {
 namespace on_cpu {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> row_map(Tensor ids, int64_t num_experts, int64_t align, int64_t) {
+  STD_TORCH_CHECK(num_experts <= moe_dist::cpu::kMaxExperts, "too many experts for the row map");
   const RowMapTensors out(ids, num_experts, align);
   moe_dist::cpu::row_map(ids_of(ids), num_experts, align, out.memory());
   return out.all();

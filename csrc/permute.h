@@ -34,7 +34,7 @@ struct Slots {
 };
 
 // What the row map writes. counts [E], without pad rows; row_of_slot [T*K]; slot_of_row, -1 in pad rows, has room for
-// T*K + min(E, T*K) * (align - 1) and is filled up to N; status [3] = {slots that are not dropped, the largest id seen
+// T*K + min(E, T*K) * (align - 1) and is filled up to N, what follows means nothing; status [3] = {slots that are not dropped, the largest id seen
 // that is not below E, else -1, N with pad rows}. Nothing but the status is meaningful where there is such an id. On CUDA
 // slot_of_row is filled to its end where align is above 1: the host may know of N no more than that bound.
 struct RowMap {
@@ -50,6 +50,7 @@ namespace cpu {
 const char* instruction_set();
 
 // Stable counting sort of the slots by expert; a negative id drops its slot.
+constexpr int64_t kMaxExperts = 65535;  // the row map keeps an expert and a count of slots in 32 bits
 void row_map(const Ids& ids, int64_t num_experts, int64_t align, const RowMap& out);
 
 // rows[row of (t, k)] = x[t], cast from one type to the other; pad rows become zeros.

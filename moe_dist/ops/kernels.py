@@ -10,7 +10,7 @@ from moe_dist.ops import memory
 
 def row_map(ids_TK, num_experts, num_rows=None, align=1):
     expected = -1 if num_rows is None else num_rows
-    counts_E, row_of_slot_TK, slot_of_row, status_3 = torch.ops.moe_dist.row_map(
+    counts_E, row_of_slot_TK, slot_of_row, status_3 = torch.ops.moe_dist.row_map.default(
         ids_TK.contiguous(), num_experts, align, expected
     )
     if num_rows is None or not ids_TK.is_cuda:
@@ -23,7 +23,7 @@ def row_map(ids_TK, num_experts, num_rows=None, align=1):
     elif align > 1:  # a bound: what lies beyond the last expert's rows are pad rows too
         num_rows += min(num_experts, num_rows) * (align - 1)
         num_rows -= num_rows % align
-    return counts_E, row_of_slot_TK, slot_of_row if num_rows == len(slot_of_row) else slot_of_row[:num_rows]
+    return counts_E, row_of_slot_TK, slot_of_row if num_rows == slot_of_row.shape[0] else slot_of_row[:num_rows]
 
 
 def permute(x_TH, plan, *, dtype=None, out=None):

@@ -9,7 +9,7 @@ import torch
 from moe_dist.ops import kernels, native, reference
 
 _NATIVE_DTYPES = {torch.float32, torch.bfloat16}
-_MAX_CUDA_EXPERTS = 8192  # the CUDA row map keeps a counter for each expert in shared memory
+_MAX_EXPERTS = {"cpp": 65535, "cuda": 8192}  # of the row map: kMaxExperts in csrc/permute.h
 
 
 def backend(device="cpu") -> str:
@@ -29,8 +29,7 @@ def _choose(tensor, dtype, out):
 
 
 def row_map(ids_TK, num_experts, num_rows=None, align=1):
-    kind = backend(ids_TK.device)
-    native_runs = kind == "cpp" or (kind == "cuda" and num_experts <= _MAX_CUDA_EXPERTS)
+    native_runs = num_experts <= _MAX_EXPERTS.get(backend(ids_TK.device), 0)
     return (kernels if native_runs else reference).row_map(ids_TK, num_experts, num_rows, align)
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from moe_dist.ops import RowPlan, kernels, native, reference
+from moe_dist.ops import RowPlan, kernels, native, passes, reference
 from tests.ops.cases import draw_ids, relative_error
 
 needs_native = pytest.mark.skipif(not native.has_cpu(), reason=native.status())
@@ -58,7 +58,7 @@ def test_threads_change_no_bit(dtype, rows_dtype):
 
 @needs_native
 @pytest.mark.parametrize("align", [1, 16])
-@pytest.mark.parametrize("experts", [24, 300])  # few enough to fetch the next line of each, and too many for that
+@pytest.mark.parametrize("experts", [24, 300])
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_a_large_row_map_is_cut_into_chunks(threads, experts, align):
     before = torch.get_num_threads()
@@ -70,6 +70,40 @@ def test_a_large_row_map_is_cut_into_chunks(threads, experts, align):
         torch.set_num_threads(before)
     for a, b in zip(got, reference.row_map(ids_TK, experts, None, align), strict=True):
         assert torch.equal(a, b)
+
+
+@needs_native
+@pytest.mark.parametrize("experts", [40_000, 65_535, 65_536])  # the last is too many for the kernel
+def test_many_experts_leave_few_bits_to_count_an_expert_s_slots(experts):
+    """A word of 32 bits holds an expert and a count: 16 bits each here, and 140,000 slots go to one expert."""
+    ids_TK = torch.full((70_000, 2), experts - 1)
+    ids_TK[::7000] = torch.arange(20).view(10, 2) - 1
+    got = passes.row_map(ids_TK, experts)
+    for a, b in zip(got, reference.row_map(ids_TK, experts), strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_native
+@pytest.mark.parametrize("experts", [1, 2, 7, 8, 9, 256])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_ids_at_the_ends_of_their_range(dtype, experts):
+    """Every one of them among ids that are right, at each place of a line of slots and behind the last full line."""
+    limits = torch.iinfo(dtype)
+    dropped = [-1, -experts, limits.min, limits.min + experts]
+    wrong = [experts, experts + 1, limits.max, limits.max - experts]
+    if dtype == torch.int64:  # right, or another expert's, in their lower half
+        dropped, wrong = [*dropped, -(2**32), -(2**32) - 1], [*wrong, 2**32, 2**31, 2**32 + experts - 1]
+    right_TK = torch.arange(39, dtype=dtype).view(13, 3) % experts
+    for place in (*range(17), 31, 32, 38):
+        for bad in (*dropped, *wrong):
+            ids_TK = right_TK.clone()
+            ids_TK.view(-1)[place] = bad
+            if bad in wrong:
+                with pytest.raises(ValueError, match=f"expert id {bad} in a layer of {experts} experts"):
+                    kernels.row_map(ids_TK, experts)
+                continue
+            for a, b in zip(kernels.row_map(ids_TK, experts), reference.row_map(ids_TK, experts), strict=True):
+                assert torch.equal(a, b)
 
 
 @needs_native
