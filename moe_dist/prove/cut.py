@@ -24,19 +24,18 @@ from moe_dist.models.skeleton import build_skeleton, model_class
 from moe_dist.prove.layers import layers_path
 
 
-def copy_layers(folder: Path, config: PreTrainedConfig, cut: PreTrainedConfig, kept: Sequence[int], out: Path) -> None:
-    """Write the layers `kept` of the model in `folder`, and all that is in no layer, to the new folder `out`."""
+def copy_layers(folder: Path, config: PreTrainedConfig, kept: Sequence[int], out: Path) -> None:
+    """Write the weights of the layers `kept` of the model in `folder`, and of all that is in no layer, to `out`, an
+    existing folder. config: of the whole model."""
     files = open_weights(folder)
     names = kept_keys(files, config, kept)
     entries = {new: Entry(files.tensors[old].shape, files.tensors[old].dtype) for old, new in names.items()}
-    out.mkdir(parents=True)
     shards = ShardSet(out, entries)
     shards.create()
     with files:
         for old, new in names.items():
             shards.write(new, files.read(old))
     shards.close()
-    cut.save_pretrained(out)
 
 
 def kept_keys(files: WeightFiles, config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, str]:
@@ -66,7 +65,7 @@ def _renumbered(key: str, index: int, kept: Sequence[int]) -> str:
 
 @torch.no_grad()
 def make_random(cut: PreTrainedConfig, out: Path, *, seed: int) -> None:
-    """Write a random model of an inline configuration to the new folder `out`, in float32.
+    """Write a random model of an inline configuration to the folder `out`, in float32.
 
     Matrices are drawn so that activations keep their size; vectors get noise around what the family starts them at, so
     that two of them are never the same and none is without effect.

@@ -7,7 +7,8 @@ keeps the first layer of each kind, and more until each pipeline stage can have 
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -39,11 +40,21 @@ def layers_path(skeleton: nn.Module) -> str:
     return paths[0]
 
 
-def kinds(skeleton: nn.Module, selection: Selection) -> tuple[list[Hashable], list[bool]]:
-    """Of each layer of `plan_model`'s skeleton what tells its kind, and whether it has experts."""
+@dataclass(frozen=True)
+class Layer:
+    """What a decoder layer is to a proof. kind: equal for two layers of one kind. routed: whether it has experts.
+    trains: whether something of it does."""
+
+    kind: Hashable
+    routed: bool
+    trains: bool
+
+
+def describe_layers(skeleton: nn.Module, selection: Selection) -> list[Layer]:
+    """Each layer of `plan_model`'s skeleton."""
     path = layers_path(skeleton)
     attends = getattr(skeleton.config.get_text_config(), "layer_types", None) or ()
-    found, routed = [], []
+    found = []
     for index, layer in enumerate(skeleton.get_submodule(path)):
         prefix = f"{path}.{index}."
         experts = {name: module for name, module in layer.named_modules() if isinstance(module, MoEExperts)}
@@ -52,30 +63,34 @@ def kinds(skeleton: nn.Module, selection: Selection) -> tuple[list[Hashable], li
             for name, parameter in layer.named_parameters()
             if not any(name.startswith(f"{inside}.") for inside in experts)
         }
-        spans = {
+        tensors |= {
             (name, module.spec.num_experts, tuple(module.spec.shapes().items()), bool(selection.experts[prefix + name]))
             for name, module in experts.items()
         }
         attention = attends[index] if index < len(attends) else None
-        found.append((frozenset(tensors), frozenset(spans), attention))
-        routed.append(bool(experts))
-    return found, routed
+        found.append(Layer((frozenset(tensors), attention), bool(experts), any(tensor[-1] for tensor in tensors)))
+    return found
 
 
-def choose(kinds: Sequence[Hashable], routed: Sequence[bool], *, stages: int) -> list[int]:
-    """Indices of the layers to keep, in order: each kind once, a layer with experts for each stage, at least
-    LEAST_MOE of those, and a layer for each stage, as far as there are so many."""
-    kept = {kind: index for index, kind in reversed(list(enumerate(kinds)))}.values()
-    kept = set(kept)
+def choices(layers: Sequence[Layer], *, stages: int) -> Iterator[list[int]]:
+    """Indices of layers to keep, in order, fewest first: each kind once, a layer with experts for each stage, at least
+    LEAST_MOE of those, and a layer for each stage, as far as there are so many. Further choices add layers that train,
+    one after the other: each stage has to have one."""
+    kept = set({layer.kind: index for index, layer in reversed(list(enumerate(layers)))}.values())
+    everyone = range(len(layers))
     for wanted, candidates in (
-        (max(stages, LEAST_MOE), [index for index, has in enumerate(routed) if has]),
-        (stages, list(range(len(kinds)))),
+        (max(stages, LEAST_MOE), [index for index in everyone if layers[index].routed]),
+        (stages, everyone),
     ):
         for index in candidates:
             if len(kept & set(candidates)) >= wanted:
                 break
             kept.add(index)
-    return sorted(kept)
+    yield sorted(kept)
+    for index in everyone:
+        if layers[index].trains and index not in kept:
+            kept.add(index)
+            yield sorted(kept)
 
 
 def check_layers(kept: Sequence[int], count: int, *, stages: int) -> list[int]:

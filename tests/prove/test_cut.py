@@ -10,8 +10,8 @@ from torch import nn
 from moe_dist.config.load import build
 from moe_dist.errors import UserError
 from moe_dist.parallel.grid import Grid
-from moe_dist.prove.layers import check_layers, choose
-from moe_dist.prove.proof import pose
+from moe_dist.prove.layers import Layer, check_layers, choices
+from moe_dist.prove.pose import pose
 from tests.models.tiny import VOCAB, make_folder
 
 DEEP = {
@@ -48,7 +48,13 @@ def posed(tmp_path, folder, *, layers=None, trainable=None, pipeline=1):
     ],
 )
 def test_each_kind_once_and_experts_for_each_stage(found, routed, stages, kept):
-    assert choose(found, routed, stages=stages) == kept
+    layers = [Layer(kind, has, False) for kind, has in zip(found, routed, strict=True)]
+    assert list(choices(layers, stages=stages)) == [kept]
+
+
+def test_further_choices_add_layers_that_train():
+    layers = [Layer(kind, True, kind == "t") for kind in "attaat"]
+    assert list(choices(layers, stages=1)) == [[0, 1], [0, 1, 2], [0, 1, 2, 5]]
 
 
 @pytest.mark.parametrize("layers", [[0, 9], [1, 1], [0]])
