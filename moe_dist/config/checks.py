@@ -58,6 +58,11 @@ def check_layout(config: RunConfig, world_size: int) -> None:
             f"data.seq_len={length}: a row is cut into parallel.sequence x parallel.tensor = {slices} slices of equal "
             f"length; set it to {-(-length // slices) * slices}, or take other sizes"
         )
+    if parallel.sequence > 1 and config.model.attention not in (None, "eager", "sdpa"):
+        raise UserError(
+            f"model.attention={config.model.attention}: not available with parallel.sequence={parallel.sequence}; take "
+            "eager or sdpa, or set parallel.sequence=1"
+        )
     accumulation(config, world_size)
 
 

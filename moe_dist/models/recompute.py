@@ -2,7 +2,8 @@
 
 The router and the way of the tokens are never part of it: a token is routed once, and its rows, once received, are
 kept. What is computed again in the backward crosses no rank, so the backward moves the same bytes with and without
-recomputation, and nothing is counted twice.
+recomputation, and nothing is counted twice. The sequence axis is the exception: its exchanges lie inside of attention,
+around the very part that is worth computing again, and those of the forward are repeated.
 """
 
 from __future__ import annotations

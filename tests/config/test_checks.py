@@ -27,6 +27,8 @@ def test_every_product_of_axes_that_fits_is_allowed():
         check_layout(folded, 20)
     with pytest.raises(UserError, match=r"data.seq_len=100: .* 8 slices.*set it to 104"):
         check_layout(made("parallel.tensor=8", "data.seq_len=100"), 8)
+    with pytest.raises(UserError, match=r"model.attention=flex_attention: .*parallel.sequence=2; take eager or sdpa"):
+        check_layout(made("parallel.sequence=2", "model.attention=flex_attention"), 2)
 
 
 def test_only_ranks_that_read_rows_count_for_the_batch():

@@ -13,6 +13,7 @@ from moe_dist.models import load_model
 from moe_dist.models.recompute import enable_recompute
 from moe_dist.models.ulysses import TRIED, spread_attention
 from moe_dist.parallel.grid import Grid, build_grid, layout
+from moe_dist.parallel.traffic import count_traffic
 from moe_dist.train.losses import next_labels
 from moe_dist.train.rows import model_inputs, rank_rows
 from tests.methods.nexus.tiny import dense_folder, nexus_folder
@@ -63,14 +64,21 @@ def on_a_rank(folder: str, implementation: str, sequence: int, packed: bool, rec
     if recompute:
         enable_recompute(model)
     rows = rank_rows(batch(packed), grid)
-    logits = model(**model_inputs(rows, model.config)).logits
-    loss_of(logits, rows.targets_BM).backward()
+    with count_traffic() as traffic:
+        logits = model(**model_inputs(rows, model.config)).logits
+        forward = traffic.bytes("sequence")
+        loss_of(logits, rows.targets_BM).backward()
     gradients = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             dist.all_reduce(parameter.grad, group=grid.sequence_group)
             gradients[name] = parameter.grad.numpy()
-    return {"logits": logits.detach().numpy(), "gradients": gradients, "config": model.config.to_json_string()}
+    return {
+        "logits": logits.detach().numpy(),
+        "gradients": gradients,
+        "config": model.config.to_json_string(),
+        "bytes": (forward, traffic.bytes("sequence") - forward),
+    }
 
 
 def in_one_process(folder: str, implementation: str, packed: bool) -> dict:
@@ -85,7 +93,8 @@ def in_one_process(folder: str, implementation: str, packed: bool) -> dict:
     return {"logits": theirs, "gradients": gradients, "config": model.config.to_json_string()}
 
 
-def compare(ranks, folder: str, implementation: str, sequence: int, packed: bool, **options) -> None:
+def compare(ranks, folder: str, implementation: str, sequence: int, packed: bool, **options) -> tuple[int, int]:
+    """Returns the bytes that the first rank sent over the sequence axis in its forward and in its backward."""
     results = ranks(sequence, on_a_rank, folder, implementation, sequence, packed, *options.values())
     expected = in_one_process(folder, implementation, packed)
     logits = torch.cat([torch.from_numpy(result["logits"]) for result in results], dim=1)
@@ -99,6 +108,7 @@ def compare(ranks, folder: str, implementation: str, sequence: int, packed: bool
     }
     worst = max(errors, key=errors.get)
     assert errors[worst] < LIMIT, f"{worst}: {errors[worst]:.1e}"
+    return results[0]["bytes"]
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -123,8 +133,13 @@ def test_four_ranks_with_fewer_key_heads_and_with_numbers_that_do_not_divide(ran
     compare(ranks, made(family, sizes, tmp_path), ATTENTION.get(family, "sdpa"), 4, packed=True)
 
 
-def test_recomputation_changes_nothing(ranks, tmp_path):
-    compare(ranks, made("mixtral", {}, tmp_path), "sdpa", 2, packed=True, recompute=True)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_bytes_and_recomputation(ranks, tmp_path, recompute):
+    """4 query heads and 2 of keys and values, of 8 numbers; half of what a rank has goes to the other one."""
+    sent = compare(ranks, made("mixtral", {}, tmp_path), "sdpa", 2, packed=True, recompute=recompute)
+    layers, tokens = 2, 2 * LENGTH // 2
+    once = 4 * layers * tokens * (4 + 2 + 2 + 4) * 8 // 2
+    assert sent == (once, 2 * once if recompute else once)
 
 
 def skeleton(family: str, **changes):
