@@ -31,17 +31,22 @@ from moe_dist.parallel.shard import Shard, cut_parameter
 from moe_dist.parallel.tensor import gather_tokens, own_ids, scatter_sum
 
 COLUMN, ROW = "colwise", "rowwise"
-WHOLE = ("replicated_with_grad_allreduce", "mla_kv_a_proj")  # styles of what stays whole inside a block
-_LATENT_ATTENTION = {f"layers.*.self_attn.{name}": COLUMN for name in ("q_proj", "q_b_proj", "kv_b_proj")}
-# Families whose plan in transformers leaves attention out. DeepSeek-V3's layers are called as DeepSeek-V2's.
-COMPLETED = {"deepseek_v3": {**_LATENT_ATTENTION, "layers.*.self_attn.o_proj": ROW}}
+# Styles of what stays whole inside a block, and of a block that uses its parameters itself.
+WHOLE = ("replicated_with_grad_allreduce", "mla_kv_a_proj", "local_params")
+# Families whose plan in transformers leaves attention out. DeepSeek-V3's layers are called as DeepSeek-V2's; gpt-oss
+# has one logit a head beside them.
+COMPLETED = {
+    "deepseek_v3": {"q_proj": COLUMN, "q_b_proj": COLUMN, "kv_b_proj": COLUMN, "o_proj": ROW},
+    "gpt_oss": {"q_proj": COLUMN, "k_proj": COLUMN, "v_proj": COLUMN, "o_proj": ROW, "sinks": COLUMN},
+}
 # Whatever is called with one of these mixes tokens.
 _MIXERS = {"attention_mask", "position_embeddings", "past_key_values", "past_key_value", "cache_params"}
 
 
 @dataclass(frozen=True)
 class Block:
-    """A module that is cut: the names of its column-parallel linear layers, and of the row-parallel one."""
+    """A module that is cut: the names in it of the column-parallel linear layers (or of a parameter that has an element
+    a head, cut alike), and of the row-parallel layer."""
 
     module: nn.Module
     columns: tuple[str, ...]
@@ -82,7 +87,10 @@ def cut_tensors(model: PreTrainedModel, grid: Grid) -> None:
     made: dict[int, nn.Parameter] = {}
     for block in find_blocks(model, grid).values():
         for name in block.columns:
-            _cut(block.module.get_submodule(name), {"weight": 0, "bias": 0}, grid, made)
+            if isinstance(getattr(block.module, name), nn.Parameter):
+                _cut(block.module, {name: 0}, grid, made)
+            else:
+                _cut(block.module.get_submodule(name), {"weight": 0, "bias": 0}, grid, made)
         row = block.module.get_submodule(block.row)
         _cut(row, {"weight": 1}, grid, made)
         if row.bias is not None:
@@ -103,7 +111,8 @@ def tensor_plan(model: PreTrainedModel) -> dict[str, str]:
     """Path of a module, with `*` for numbers -> its style, as the family's classes in transformers say it."""
     base = getattr(model, model.base_model_prefix, model)
     prefix = "" if base is model else f"{model.base_model_prefix}."
-    plan = dict(base.config.base_model_tp_plan or {}) | COMPLETED.get(model.config.model_type, {})
+    plan = dict(base.config.base_model_tp_plan or {})
+    plan |= {f"layers.*.self_attn.{name}": style for name, style in COMPLETED.get(model.config.model_type, {}).items()}
     return {f"{prefix}{name}": style for name, style in plan.items()} | dict(type(model)._tp_plan or {})
 
 
@@ -119,7 +128,8 @@ def find_blocks(model: PreTrainedModel, grid: Grid) -> dict[str, Block]:
         parent, _, name = path.rpartition(".")
         if style is None or style in WHOLE or _is_of_experts(path) or module is head:
             continue
-        if style not in (COLUMN, ROW) or not isinstance(module, nn.Linear):
+        is_served = style in (COLUMN, ROW) if isinstance(module, nn.Linear) else style == COLUMN and _is_row(module)
+        if not is_served:
             raise _refused(grid, f"its plan in transformers cuts {path} in a way that is not served here: {style}")
         parts.setdefault(parent, {COLUMN: [], ROW: []})[style].append(name)
     blocks = {}
@@ -128,6 +138,10 @@ def find_blocks(model: PreTrainedModel, grid: Grid) -> dict[str, Block]:
             raise _refused(grid, f"its plan in transformers cuts {path} without one row-parallel layer at its end")
         blocks[path] = Block(model.get_submodule(path), tuple(found[COLUMN]), found[ROW][0])
     return blocks
+
+
+def _is_row(part: nn.Module | nn.Parameter) -> bool:
+    return isinstance(part, nn.Parameter) and part.dim() == 1
 
 
 def _is_of_experts(path: str) -> bool:

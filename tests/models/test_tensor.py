@@ -13,7 +13,7 @@ from moe_dist.models.recompute import enable_recompute
 from moe_dist.models.skeleton import build_skeleton, make_config
 from moe_dist.models.tensor import check_tensors, cut_tensors
 from moe_dist.parallel import traffic
-from moe_dist.parallel.grid import build_grid, layout
+from moe_dist.parallel.grid import Grid, build_grid, layout
 from moe_dist.parallel.shard import shard_of
 from moe_dist.train.losses import IGNORE, label_loss_sum, target_loss_sum
 from moe_dist.train.rows import model_inputs, rank_rows
@@ -27,6 +27,7 @@ CASES = {
     "qwen2_moe": ("qwen2_moe", {}),  # biases of q, k and v, a gated shared expert
     "deepseek_v2": ("deepseek_v2", {"attention_bias": True}),  # a bias of the row-parallel layer
     "deepseek_v3": ("deepseek_v3", {}),
+    "gpt_oss": ("gpt_oss", {}),  # sinks, sliding windows, biases everywhere
 }
 LLAMA = {
     "model_type": "llama",
@@ -86,8 +87,7 @@ def _like_one_process(folder, tensor, expert, recompute=False):
     assert sum(shard_of(parameter) is not None for parameter in ours.parameters()) > 4
     if recompute:
         enable_recompute(ours)
-    plain = {key: batch[key] for key in ("input_ids", "position_ids")}
-    expected = stock(**plain, use_cache=False).logits
+    expected = stock(**model_inputs(rank_rows(batch, Grid.single()), stock.config)).logits
     expected_loss = label_loss_sum(expected, batch["labels"])
     expected_loss.backward()
 
@@ -215,7 +215,7 @@ def test_skeletons_need_no_groups():
         ("deepseek_v2", 4, {"intermediate_size": 50}, "50 columns of model.layers.0.mlp.*works for it: 1, 2$"),
         ("mixtral", 2, {"vocab_size": 97}, "97 tokens of the vocabulary.*works for it: 1$"),
         ("olmoe", 2, {}, "q_proj in a way that is not served here: colwise_gather_output"),
-        ("gpt_oss", 2, {}, "does not cut model.layers.0.self_attn"),
+        ("minimax", 2, {"layer_types": ["linear_attention", "full_attention"]}, "not cut model.layers.0.self_attn"),
         ("deepseek_v4", 2, {}, "does not cut model.layers.0.self_attn"),  # whose layers take masks under no name
         ("nexus_gemma", 2, {"intermediate_size": 40}, "embedding .*ScaledWordEmbedding.* does more than a lookup"),
     ],
