@@ -26,9 +26,14 @@ def import_deepspeed(grid: Grid):
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     import deepspeed
     import deepspeed.runtime.bf16_optimizer as bf16_optimizer
+    import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
     bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None  # prints at every group, and collects garbage
+    # Stage 3 compares the numbers of modules and parameters, in the order in which they run, with those of the first
+    # rank of all, at each forward until an order has come twice. Pipeline stages have others, and come to their
+    # forwards at other times; and a process that has had an engine of a stage counts on from there.
+    coordinator.assert_ints_same_as_other_ranks = lambda ints: None
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
