@@ -5,49 +5,20 @@ A fault names the cell of the parity matrix that has to catch it: the smallest o
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
 from moe_dist.parallel.collectives import start_exchange
-from tests.parity.cells import Cell
+from tests.mutants.axis_faults import AXIS_FAULTS
+from tests.mutants.fault import BASE, Fault
 
-BASE = Cell("qwen3_moe", (2, 2), 1, "all", 50_000_000, "none", False)
 ONE_RANK = replace(BASE, layout=(1, 1))
 FOUR = replace(BASE, layout=(4, 2))
 BALANCED = replace(BASE, balance="hf")
 ESFT = replace(BASE, trainable="one rank")
-
-
-@dataclass(frozen=True)
-class Fault:
-    """`replace` gets what `target` ("module:attribute path") is now and returns what is planted in its place."""
-
-    target: str
-    replace: Callable
-    cell: Cell = BASE
-    stops: bool = False  # the ranks raise or hang in place of finishing
-
-    @contextlib.contextmanager
-    def planted(self):
-        module_name, _, path = self.target.partition(":")
-        owner = importlib.import_module(module_name)
-        *parents, name = path.split(".")
-        for parent in parents:
-            owner = getattr(owner, parent)
-        original = owner.__dict__[name]
-        unwrapped = original.__func__ if isinstance(original, staticmethod) else original
-        planted = self.replace(unwrapped)
-        setattr(owner, name, staticmethod(planted) if isinstance(original, staticmethod) else planted)
-        try:
-            yield
-        finally:
-            setattr(owner, name, original)
 
 
 # Gradients of experts
@@ -316,4 +287,5 @@ FAULTS = {
     "frozen experts train": Fault(f"{MODELS}.cut:swap", frozen_experts_train, ESFT),
     "experts taken for dense": Fault(f"{MOE}.experts:ExpertSpan.__init__", experts_taken_for_dense),
     "last micro-batch only": Fault(f"{TRAIN}.engine:Engine.backward", only_the_last_micro_batch, ONE_RANK),
+    **AXIS_FAULTS,
 }

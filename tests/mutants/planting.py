@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.mutants.faults import Fault
+from tests.mutants.fault import Fault
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from tests.methods.esft import test_parity as parity
 from tests.methods.esft import test_precision as precision
 from tests.methods.esft import test_select as select
 from tests.models.tiny import make_folder
-from tests.mutants.faults import Fault
+from tests.mutants.fault import Fault
 from tests.mutants.planting import Case, Planting
 
 

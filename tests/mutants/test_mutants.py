@@ -17,18 +17,32 @@ def train_with(name: str, cell, folder: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> str:
-    return str(make_folder("qwen3_moe", tmp_path_factory.mktemp("qwen3_moe")))
+def folders(tmp_path_factory):
+    made = {}
+
+    def get(family: str, *, tied: bool = False) -> str:
+        if (family, tied) not in made:
+            changes = {"tie_word_embeddings": True} if tied else {}
+            made[family, tied] = str(make_folder(family, tmp_path_factory.mktemp(family), **changes))
+        return made[family, tied]
+
+    return get
 
 
-@pytest.mark.parametrize("cell", sorted({fault.cell for fault in FAULTS.values()}, key=str), ids=str)
-def test_the_clean_cell_passes(ranks, folder, cell):
+@pytest.mark.parametrize(
+    ("cell", "tied"),
+    sorted({(fault.cell, fault.tied) for fault in FAULTS.values()}, key=str),
+    ids=lambda value: str(value) if value is not True else "tied",
+)
+def test_the_clean_cell_passes(ranks, folders, cell, tied):
+    folder = folders(cell.family, tied=tied)
     compare(cell, ranks(cell.world, distributed.train, cell, folder, timeout=90), plain.train(cell, folder))
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_the_fault_is_caught(ranks, folder, name):
+def test_the_fault_is_caught(ranks, folders, name):
     fault = FAULTS[name]
+    folder = folders(fault.cell.family, tied=fault.tied)
     expected = plain.train(fault.cell, folder)
     if fault.stops:
         with pytest.raises(RankFailure, match=r"did not answer|failed first"):

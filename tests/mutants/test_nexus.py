@@ -20,7 +20,7 @@ from tests.methods.nexus import test_training as training
 from tests.methods.nexus import test_upcycle as upcycle
 from tests.methods.nexus.test_domains import place  # noqa: F401 - a fixture
 from tests.methods.nexus.test_extend import made  # noqa: F401 - a fixture
-from tests.mutants.faults import Fault
+from tests.mutants.fault import Fault
 from tests.mutants.planting import Case, Planting
 
 # Means and where tensors come from

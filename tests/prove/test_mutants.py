@@ -10,27 +10,27 @@ from tests.mutants.planting import Planting
 from tests.pool import RankFailure
 from tests.prove.cases import certificate_of, config_of, first_off, prepared
 
-CELLS = sorted({fault.cell for fault in FAULTS.values()}, key=str)
+CELLS = sorted({(fault.cell, fault.tied) for fault in FAULTS.values()}, key=str)
 
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory):
     """The problem of a cell, with what the plain process makes of it: faults are planted on the ranks alone."""
-    made, folders = {}, {}
+    made = {}
 
-    def get(cell):
-        if cell.family not in folders:
-            folders[cell.family] = str(make_folder(cell.family, tmp_path_factory.mktemp(cell.family)))
-        if cell not in made:
-            made[cell] = prepared(config_of(cell, folders[cell.family]), cell.world, tmp_path_factory.mktemp("proof"))
-        return made[cell]
+    def get(cell, tied):
+        if (cell, tied) not in made:
+            changes = {"tie_word_embeddings": True} if tied else {}
+            folder = make_folder(cell.family, tmp_path_factory.mktemp(cell.family), **changes)
+            made[cell, tied] = prepared(config_of(cell, str(folder)), cell.world, tmp_path_factory.mktemp("proof"))
+        return made[cell, tied]
 
     return get
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=str)
-def test_no_alarm_without_a_fault(ranks, problems, cell):
-    for certificate in ranks(cell.world, certificate_of, problems(cell), timeout=90):
+@pytest.mark.parametrize(("cell", "tied"), CELLS, ids=lambda value: str(value) if value is not True else "tied")
+def test_no_alarm_without_a_fault(ranks, problems, cell, tied):
+    for certificate in ranks(cell.world, certificate_of, problems(cell, tied), timeout=90):
         assert certificate.holds, certificate.text()
         assert all(check.compared for check in certificate.checks if check.name != "frozen")
 
@@ -41,8 +41,8 @@ def test_the_fault_is_noticed(ranks, problems, name):
     planted = Planting(ranks, fault)
     if fault.stops:  # which ends the command with another code than 0, too
         with pytest.raises(RankFailure, match=r"did not answer|failed first"):
-            planted(fault.cell.world, first_off, problems(fault.cell), timeout=10)
+            planted(fault.cell.world, first_off, problems(fault.cell, fault.tied), timeout=10)
         return
-    for check in planted(fault.cell.world, first_off, problems(fault.cell), timeout=60):
+    for check in planted(fault.cell.world, first_off, problems(fault.cell, fault.tied), timeout=60):
         assert check is not None
         assert not check.holds
