@@ -35,6 +35,7 @@ VERBS = {
     "inspect": "look at a run: tables, plots, and one page of them",
     "ckpt": "list and verify checkpoints",
     "prove": "a layout against one plain process, on a few layers of your own model",
+    "plan": "memory, bytes on the wire and time of layouts, for 1 to 1,024 GPUs, without one",
     "preflight": "check the ranks of a run, their network and the room for it",
     "launch": "start a run under SLURM: a complete batch script from the config",
     "doctor": "check this machine and the installation",

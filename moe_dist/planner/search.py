@@ -1,0 +1,161 @@
+"""The layouts of a cluster, the fastest that fit first."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from moe_dist.config.schema import RunConfig
+from moe_dist.errors import UserError
+from moe_dist.planner.hardware import Cluster
+from moe_dist.planner.speed import Speed, estimate
+from moe_dist.planner.study import Layout, Study
+from moe_dist.planner.timeline import Peak
+from moe_dist.planner.wire import Wire
+
+MOST_TRACED = 60  # layouts whose memory is followed to the end; what is slower than those found is not looked at
+
+
+@dataclass(frozen=True)
+class Found:
+    layout: Layout
+    speed: Speed
+    wire: Wire
+    memory: Peak
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """best: the fastest that fit, in order. left_out: reason -> how many layouts. looked_at: how many were formed."""
+
+    best: list[Found]
+    left_out: Counter
+    looked_at: int
+
+
+def layout_of(config: RunConfig, world: int, *, node_size: int = 8) -> Layout:
+    """The layout that a configuration asks for on `world` ranks."""
+    from moe_dist.config.checks import accumulation, axes_of
+
+    return Layout(
+        world,
+        **axes_of(config),
+        zero_stage=config.parallel.zero_stage,
+        recompute=config.train.recompute,
+        micro_batch=config.train.micro_batch_size,
+        micro_batches=accumulation(config, world),
+        node_size=config.parallel.node_size or node_size,
+    )
+
+
+def evaluate(study: Study, plan: Layout, cluster: Cluster) -> Found:
+    speed, wire = estimate(study, plan, cluster)
+    return Found(plan, speed, wire, study.memory(plan))
+
+
+def rank(study: Study, cluster: Cluster, *, sequences: int, wanted: int = 10) -> Ranking:
+    """The fastest layouts of all GPUs of the cluster for steps of `sequences` rows, with the config's micro-batch."""
+    left_out: Counter = Counter()
+    timed: list[tuple[float, Layout, Speed, Wire]] = []
+    looked_at = 0
+    for plan in layouts(study, cluster, sequences, left_out):
+        looked_at += 1
+        refusal = _refusal(study, plan)
+        if refusal:
+            left_out[refusal] += 1
+        elif _least(study, plan) > cluster.room:
+            left_out["weights, gradients and optimizer alone are more than the memory"] += 1
+        else:
+            speed, wire = estimate(study, plan, cluster)
+            timed.append((speed.step, plan, speed, wire))
+    # Of layouts that take equally long the one that shares less comes first.
+    timed.sort(key=lambda one: (round(one[0], 9), one[1].zero_stage, one[1].pipeline, one[1].tensor, one[1].sequence))
+    best: list[Found] = []
+    followed = 0
+    for index, (_, plan, speed, wire) in enumerate(timed):
+        if len(best) == wanted or followed == MOST_TRACED:
+            left_out["slower than those shown, not followed further"] += len(timed) - index
+            break
+        if _kept_at_least(study, plan) > cluster.room:
+            left_out["activations are more than the memory leaves"] += 1
+            continue
+        followed += 1
+        memory = study.memory(plan)
+        if memory.total > cluster.room:
+            left_out["activations are more than the memory leaves"] += 1
+        else:
+            best.append(Found(plan, speed, wire, memory))
+    return Ranking(best, left_out, looked_at + sum(count for reason, count in left_out.items() if "divide" in reason))
+
+
+def layouts(study: Study, cluster: Cluster, sequences: int, left_out: Counter) -> Iterator[Layout]:
+    """All that the numbers allow. Tensor groups stay inside a node; an expert is not cut, nor is a layer."""
+    world, length = cluster.gpus, study.config.data.seq_len
+    micro_batch, experts = study.config.train.micro_batch_size, max(study._moe_layers, default=0)
+    for pipeline in _divisors(world):
+        if pipeline > len(study.layers):
+            continue
+        stage = world // pipeline
+        for tensor in (size for size in _divisors(stage) if size <= cluster.node_size):
+            for sequence in (size for size in _divisors(stage // tensor) if size <= 2 * cluster.node_size):
+                data = stage // (tensor * sequence)
+                micro_batches, rest = divmod(sequences, data * micro_batch)
+                if length % (tensor * sequence) or rest or not micro_batches:
+                    left_out["rows or micro-batches do not divide"] += 1
+                    continue
+                for expert in (size for size in _divisors(stage) if size <= max(experts, 1)):
+                    for recompute in (False, True):
+                        for zero_stage in (0, 1, 2, 3):
+                            yield Layout(
+                                world,
+                                pipeline,
+                                sequence,
+                                tensor,
+                                expert,
+                                zero_stage,
+                                recompute,
+                                micro_batch,
+                                micro_batches,
+                                cluster.node_size,
+                            )
+
+
+def _refusal(study: Study, plan: Layout) -> str | None:
+    """Why the model does not allow these sizes; None where it does."""
+    try:
+        study.part(plan.tensor, plan.sequence, plan.expert)
+        study.stages(plan.pipeline)
+    except UserError as error:
+        return f"the model does not allow it: {str(error).split(';')[0]}"
+    return None
+
+
+def _least(study: Study, plan: Layout) -> int:
+    """What stays from step to step on the stage that has most of it, and a gradient of everything where it is whole."""
+    return max(_resident(study, replace(plan, recompute=False), stage) for stage in range(plan.pipeline))
+
+
+def _resident(study: Study, plan: Layout, stage: int) -> int:
+    settings = study.settings(plan, stage)
+    gradients = 0
+    if plan.zero_stage == 0 or (plan.zero_stage == 1 and not study.bf16):
+        gradients = 4 * settings.trained
+    elif plan.zero_stage == 2:
+        gradients = 4 * settings.owned
+    return settings.resident + gradients
+
+
+def _kept_at_least(study: Study, plan: Layout) -> int:
+    """The same with what the forwards under way keep, of tokens that need not travel."""
+    trace = study.trace(plan.tensor, plan.sequence, 1, plan.micro_batch, plan.recompute, 1)
+    most = 0
+    for stage, layers in enumerate(study.stages(plan.pipeline)):
+        kept = sum(trace.forward[study.kind_of[index]][-1].end for index in layers)
+        flight = min(plan.pipeline - stage, plan.micro_batches)
+        most = max(most, _resident(study, plan, stage) + flight * kept)
+    return most
+
+
+def _divisors(count: int) -> list[int]:
+    return [size for size in range(1, count + 1) if count % size == 0]

@@ -1,0 +1,207 @@
+"""What the engine keeps and allocates beside the model at each ZeRO stage, as DeepSpeed 0.19.8 and `train` do it.
+
+Bytes for N held and n trained elements of a family with r replicas:
+
+    stage          weights   masters   moments   gradients                             beside
+    0   fp32       4N        -         8n        4n                                    4n while they are reduced
+    0   bf16       2N        4n        8n        4n                                    4n while they are reduced
+    1   fp32       4N        4n/r      8n/r      4n, then 4n/r of parameters touched   bucket; a group's 4n/r in the update
+    1   bf16       2N        4n/r      8n/r      4n, and 2n in a step                  4n while they are reduced
+    2   fp32       4N        4n/r      8n/r      4n/r a micro-batch, two at a time     bucket twice; a group's 4n/r
+    2   bf16       2N        4n/r      8n/r      4n/r                                  bucket twice
+    3   fp32       4N/r      4n/r      8n/r      4n/r                                  bucket, gathered weights; a group's 4n/r
+    3   bf16       2N/r      4n/r      8n/r      4n/r                                  bucket, gathered weights; a group's 4n/r
+
+Rules say what becomes of a gradient that is ready (`Ready`), and what a reduction and an update need at their worst.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from moe_dist.planner.inventory import Totals
+from moe_dist.planner.trace import Ready
+
+FP32 = 4
+PLAIN_BUCKET = 500_000_000  # elements that stage 0's and BF16_Optimizer's all-reduce takes at a time
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one rank. experts: whether DeepSpeed reduces families apart, since some are not held by every rank."""
+
+    stage: int
+    bf16: bool
+    bucket: int
+    totals: Totals
+    replicas: Mapping[str, int]
+
+    @property
+    def element(self) -> int:
+        return 2 if self.bf16 else FP32
+
+    def _shared(self, by_family: Mapping[str, int]) -> int:
+        return sum(-(-count // self.replicas[family]) for family, count in by_family.items())
+
+    @cached_property
+    def trained(self) -> int:
+        return sum(self.totals.trained.values())
+
+    @cached_property
+    def owned(self) -> int:
+        """Elements whose masters and moments this rank keeps."""
+        return self.trained if self.stage == 0 else self._shared(self.totals.trained)
+
+    @property
+    def bucket_elements(self) -> int:
+        return min(self.bucket, self.trained)
+
+    @property
+    def largest_owned_group(self) -> int:
+        return max((-(-count // self.replicas[family]) for (family, _), count in self.totals.groups.items()), default=0)
+
+    # What stays from step to step
+
+    @cached_property
+    def weights(self) -> int:
+        held = self.totals.held
+        return self.element * (self._shared(held) if self.stage == 3 else sum(held.values()))
+
+    @property
+    def masters(self) -> int:
+        return 0 if self.stage == 0 and not self.bf16 else FP32 * self.owned
+
+    @property
+    def moments(self) -> int:
+        return 2 * FP32 * self.owned
+
+    @property
+    def standing_gradients(self) -> int:
+        """Gradient buffers that are never given back."""
+        if self.stage == 3:
+            return FP32 * self.owned
+        return FP32 * self.trained if self.stage == 1 and self.bf16 else 0
+
+    @property
+    def standing_buffers(self) -> int:
+        return FP32 * self.bucket_elements if self.stage == 3 else 0
+
+    @cached_property
+    def resident(self) -> int:
+        return self.weights + self.masters + self.moments + self.standing_gradients + self.standing_buffers
+
+
+class Gradients:
+    """The gradients of one step on their way, beside what stays. `held`: bytes now."""
+
+    def __init__(self, settings: Settings):
+        self.settings, self.held = settings, 0
+        self.micro_batch = -1
+        self._waiting: Ready | None = None  # an oversized gradient, until the next one comes
+        self._in_bucket = 0
+        self._touched = FP32 * settings.owned
+
+    def begin(self) -> None:
+        """A backward begins."""
+        self.micro_batch += 1
+        settings = self.settings
+        if settings.stage == 1 and not settings.bf16 and not self.micro_batch:
+            self.held += FP32 * settings.bucket_elements
+        if settings.stage == 2:
+            self.held += FP32 * settings.bucket_elements
+
+    def take(self, ready: Ready) -> int:
+        """A gradient is ready: bytes that this needs for a moment, its own included."""
+        settings, first = self.settings, self.micro_batch == 0
+        if settings.stage == 0 or (settings.stage == 1 and not settings.bf16):
+            needed = ready.bytes
+            if first:
+                if settings.bf16:
+                    needed += FP32 * ready.elements
+                self.held += FP32 * ready.elements
+                return needed if settings.bf16 else 0
+            return needed
+        if settings.stage == 1:
+            self.held += ready.bytes if first else 0
+            return 0 if first else ready.bytes
+        if settings.stage == 2:
+            return self._bucketed(ready)
+        # Stage 3 reduces in its bucket, or an oversized gradient by itself: in fp32, whole and the part that stays.
+        if ready.elements <= settings.bucket_elements:
+            return ready.bytes
+        wide = FP32 * ready.elements if settings.bf16 else 0
+        return ready.bytes + wide + FP32 * ready.elements + FP32 * ready.elements // settings.replicas[ready.family]
+
+    def _bucketed(self, ready: Ready) -> int:
+        settings = self.settings
+        needed = ready.bytes
+        if self._waiting is not None or self._in_bucket + ready.elements > settings.bucket_elements:
+            needed += self._flush()
+        if ready.elements > settings.bucket_elements:
+            self._waiting = ready
+            self.held += ready.bytes
+        else:
+            self._in_bucket += ready.elements
+        return needed
+
+    def _flush(self) -> int:
+        settings, waiting = self.settings, self._waiting
+        elements = waiting.elements if waiting else self._in_bucket
+        if not elements:
+            return 0
+        needed = FP32 * elements
+        if waiting:
+            needed += waiting.bytes if settings.bf16 else 0
+            self.held -= waiting.bytes
+            needed += waiting.bytes
+        self._waiting, self._in_bucket = None, 0
+        self._partition()
+        return needed
+
+    def _partition(self) -> None:
+        """The buffer that reduced gradients are kept in, made at the first reduction: of a step where it adds them up
+        in fp32 itself, else of each micro-batch, to be added to the one before."""
+        settings = self.settings
+        wanted = 1 if settings.bf16 else min(self.micro_batch, 1) + 1
+        have = getattr(self, "_partitions", 0)
+        if have < wanted:
+            self.held += (wanted - have) * self._touched
+            self._partitions = wanted
+
+    def end(self, *, last: bool) -> int:
+        """The backward is done: bytes that what follows it needs at its worst (the reduction, after the last one)."""
+        settings = self.settings
+        plain = settings.stage == 0 or (settings.stage == 1 and settings.bf16)
+        if plain:
+            wide = FP32 * settings.totals.largest if settings.stage == 1 else 0
+            return max(wide, FP32 * self._largest_reduction() if last else 0)
+        if settings.stage == 1:
+            if not last:
+                return 0
+            largest = FP32 * max(settings.totals.largest, settings.bucket_elements)
+            needed = self._touched + largest
+            self.held = self._touched
+            return needed
+        if settings.stage == 2:
+            needed = self._flush()
+            self._partition()
+            self.held -= FP32 * settings.bucket_elements
+            if not settings.bf16 and self._partitions == 2:
+                self._partitions = 1
+                self.held -= self._touched
+            return needed
+        return 0
+
+    def _largest_reduction(self) -> int:
+        trained = self.settings.totals.trained
+        apart = len({self.settings.replicas[family] for family, count in trained.items() if count}) > 1
+        largest = max(trained.values()) if apart else sum(trained.values())
+        return min(largest, PLAIN_BUCKET + self.settings.totals.largest)
+
+    def update(self) -> int:
+        """Bytes that the optimizer's step needs at its worst."""
+        settings = self.settings
+        copies = settings.stage == 3 or (settings.stage in (1, 2) and not settings.bf16)
+        return FP32 * settings.largest_owned_group if copies else 0
