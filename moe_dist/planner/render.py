@@ -28,11 +28,11 @@ def _assumptions(study: Study, cluster: Cluster, sequences: int) -> str:
     return "\n".join(
         [
             f"cluster  {cluster.gpus} x {gpu.name}, {cluster.node_size} a node ({gpu.source})",
-            f"assumed  {peak / 1e12:g} TFLOP/s in {precision}, of which products reach {cluster.achieved:.0%}; links of "
-            f"{gpu.inside / 1e9:g} GB/s inside a node and {gpu.across / 1e9:g} GB/s a GPU across, of which exchanges "
+            f"assumed  {peak / 1e12:g} TFLOP/s in {precision}, of which products reach {cluster.achieved:.0%}; links "
+            f"of {gpu.inside / 1e9:g} GB/s inside a node, {gpu.across / 1e9:g} GB/s a GPU across, of which exchanges "
             f"reach {cluster.moved:.0%}",
-            f"         {cluster.room / GIB:.1f} GiB of {gpu.memory / GIB:.1f} for tensors ({cluster.usable:.0%}); experts "
-            f"used alike; nothing overlaps; attention {study.attention}"
+            f"         {cluster.room / GIB:.1f} GiB of {gpu.memory / GIB:.1f} for tensors ({cluster.usable:.0%}); "
+            f"experts used alike; nothing overlaps; attention {study.attention}"
             + (", with masks of packed documents" if study.packed else ""),
             f"step     {sequences} sequences of {length} = {sequences * length:,} tokens",
         ]

@@ -124,7 +124,7 @@ def layouts(study: Study, cluster: Cluster, sequences: int, left_out: Counter) -
 def _refusal(study: Study, plan: Layout) -> str | None:
     """Why the model does not allow these sizes; None where it does."""
     try:
-        study.part(plan.tensor, plan.sequence, plan.expert)
+        study.part(plan.tensor, plan.sequence, 1)
         study.stages(plan.pipeline)
     except UserError as error:
         return f"the model does not allow it: {str(error).split(';')[0]}"

@@ -177,8 +177,8 @@ class _Paper:
 
 @contextlib.contextmanager
 def paper_groups(model: nn.Module, grid: Grid, note: Note) -> Iterator[None]:
-    """Let a model that the tensor and the sequence axis have cut run without groups: nothing travels, and `note` is told
-    what would, by the name of the axis and the bytes that this rank would send to others."""
+    """Let a model that the tensor and the sequence axis have cut run without groups: nothing travels, and `note` is
+    told what would, by the name of the axis and the bytes that this rank would send to others."""
 
     def exchange(rows_SN, send, receive, group, *, what):
         note("sequence", rows_SN[1:].nbytes)

@@ -1,4 +1,4 @@
-"""The most bytes that a rank holds at any time in a step: segments of a trace, put together in the order they run in."""
+"""The most bytes that a rank holds at any time in a step: segments of a trace, put together in their order."""
 
 from __future__ import annotations
 

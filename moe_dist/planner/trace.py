@@ -54,8 +54,8 @@ class Trace:
     """Segments by name: embedding, before (what comes between it and the layers), head (from the last layer to the
     logits), loss, and the decoder layers that were followed, by index; of each, forward and backward.
 
-    totals: by the same names, of both together: "flops", and what this rank sends over the axes "tensor" and "sequence",
-    in bytes.
+    totals: by the same names, of both together: "flops", and the bytes that this rank sends over the axes "tensor" and
+    "sequence".
     """
 
     forward: dict[str | int, Segment]

@@ -2,15 +2,15 @@
 
 Bytes for N held and n trained elements of a family with r replicas:
 
-    stage          weights   masters   moments   gradients                             beside
-    0   fp32       4N        -         8n        4n                                    4n while they are reduced
-    0   bf16       2N        4n        8n        4n                                    4n while they are reduced
-    1   fp32       4N        4n/r      8n/r      4n, then 4n/r of parameters touched   bucket; a group's 4n/r in the update
-    1   bf16       2N        4n/r      8n/r      4n, and 2n in a step                  4n while they are reduced
-    2   fp32       4N        4n/r      8n/r      4n/r a micro-batch, two at a time     bucket twice; a group's 4n/r
-    2   bf16       2N        4n/r      8n/r      4n/r                                  bucket twice
-    3   fp32       4N/r      4n/r      8n/r      4n/r                                  bucket, gathered weights; a group's 4n/r
-    3   bf16       2N/r      4n/r      8n/r      4n/r                                  bucket, gathered weights; a group's 4n/r
+    stage    weights   masters   moments   gradients                   beside
+    0 fp32   4N        -         8n        4n                          4n while they are reduced
+    0 bf16   2N        4n        8n        4n                          4n while they are reduced
+    1 fp32   4N        4n/r      8n/r      4n; the part kept: 4n/r     bucket; a group's 4n/r in the update
+    1 bf16   2N        4n/r      8n/r      4n, and 2n in a step        4n while they are reduced
+    2 fp32   4N        4n/r      8n/r      4n/r, of two micro-batches  bucket, and once more; a group's 4n/r
+    2 bf16   2N        4n/r      8n/r      4n/r                        bucket, and once more
+    3 fp32   4N/r      4n/r      8n/r      4n/r                        bucket, gathered weights; a group's 4n/r
+    3 bf16   2N/r      4n/r      8n/r      4n/r                        bucket, gathered weights; a group's 4n/r
 
 Rules say what becomes of a gradient that is ready (`Ready`), and what a reduction and an update need at their worst.
 """
