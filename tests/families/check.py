@@ -1,4 +1,5 @@
-"""One family through the whole way: load, outputs and gradients at EP = 2 against transformers, export to the bit."""
+"""One family through the whole way: load, outputs and gradients at EP = 2 against transformers, export to the bit; and
+outputs and gradients with its blocks cut over the tensor axis, where its plan allows that."""
 
 from __future__ import annotations
 
@@ -13,8 +14,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from moe_dist.errors import UserError
 from moe_dist.models import export_model, load_model
 from moe_dist.parallel.grid import Grid, build_grid
+from moe_dist.train.family import family_of, replicas_of
+from moe_dist.train.rows import model_inputs, rank_rows
 from tests.families.tiny import VOCAB, tiny_model
 from tests.models.compare import file_tensors, pairs, same_bits
 from tests.pool import RankFailure
@@ -28,7 +32,8 @@ TIMEOUT = 600.0
 
 @dataclass
 class Result:
-    """What came of one family. `stage` is where it failed, None where it passed."""
+    """What came of one family. `stage` is where it failed, None where it passed. `tensor`: the worst distance over the
+    tensor axis, None where that refuses the family, for the reason `refused`."""
 
     family: str
     experts: str
@@ -36,6 +41,8 @@ class Result:
     output: float = 0.0
     gradient: float = 0.0
     double: float | None = None  # worst gradient in float64, where float32 could not tell
+    tensor: float | None = None
+    refused: str = ""
     seconds: float = 0.0
     stage: str | None = None
     reason: str = ""
@@ -61,6 +68,11 @@ def check(family: str, experts: str, folder: Path, run: Callable[..., list]) -> 
             same_bits(file_tensors(folder / "out"), file_tensors(folder / "in"))
             again = type(stock).from_pretrained(folder / "out")
             same_bits(again.state_dict(), type(stock).from_pretrained(folder / "in").state_dict())
+            result.stage = "tensor"
+            answers = run(cut_by_heads, family, result.model, folder / "in", timeout=TIMEOUT)
+            result.refused = answers[0][1]
+            result.tensor = None if result.refused else max(distance for distance, _ in answers)
+            assert result.refused or result.tensor <= TOLERANCE, f"over the tensor axis by {result.tensor:.1e}"
             result.stage = None
     except RankFailure as failure:
         result.reason = str(failure).strip().splitlines()[-1]
@@ -102,6 +114,34 @@ def compare(family: str, model: str, folder: Path, out: Path) -> tuple[float, fl
     return output, gradient, double, None, ""
 
 
+def cut_by_heads(family: str, model: str, folder: Path) -> tuple[float, str]:
+    """On each rank: the worst distance of its logits and gradients over the tensor axis, and why that refuses it."""
+    grid = build_grid(tensor=RANKS)
+    try:
+        ours = load_model(folder, grid)
+    except UserError as error:
+        return 0.0, str(error)
+    code = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    stock = getattr(code, model).from_pretrained(folder)
+    stock.set_experts_implementation("eager")
+    ids = torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    batch["position_ids"] = torch.arange(12).expand(2, -1)
+    mine = ours(**model_inputs(rank_rows(batch, grid), ours.config)).logits
+    theirs = _forward(stock, ids)
+    weight = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(2))
+    (mine * weight.chunk(RANKS, dim=-1)[grid.rank]).sum().backward()
+    (theirs * weight).sum().backward()
+    for parameter in ours.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        group = replicas_of(family_of(parameter), grid).group
+        if group is not None:
+            dist.all_reduce(parameter.grad, group=group)
+    floor = _floor(stock)
+    distances = [_distance(a, b, floor) for _, a, b in pairs(ours, stock, grad=True)]
+    return max(*distances, _distance(mine, theirs.chunk(RANKS, dim=-1)[grid.rank], 0.0)), ""
+
+
 def distances_of(ours: torch.nn.Module, stock: torch.nn.Module, grid: Grid) -> tuple[float, dict[str, float]]:
     """Distance of this rank's output, and of every gradient of this rank, from the stock model on all rows."""
     ids = torch.randint(3, VOCAB, (RANKS, 12), generator=torch.Generator().manual_seed(1))
@@ -116,10 +156,14 @@ def distances_of(ours: torch.nn.Module, stock: torch.nn.Module, grid: Grid) -> t
         if not hasattr(parameter, "is_expert"):
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             dist.all_reduce(parameter.grad)
-    grads = [parameter.grad for parameter in stock.parameters() if parameter.grad is not None]
-    floor = FLOOR * torch.stack([grad.double().norm() for grad in grads]).norm().item()
+    floor = _floor(stock)
     gradients = {name: _distance(a, b, floor) for name, a, b in pairs(ours, stock, grad=True)}
     return _distance(mine, theirs[grid.rank], 0.0), gradients
+
+
+def _floor(stock: torch.nn.Module) -> float:
+    grads = [parameter.grad for parameter in stock.parameters() if parameter.grad is not None]
+    return FLOOR * torch.stack([grad.double().norm() for grad in grads]).norm().item()
 
 
 def _on_any_rank(flag: bool) -> bool:
