@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,13 +34,15 @@ from moe_dist.train.trainable import Selection, freeze, layer_index, select
 @dataclass(frozen=True)
 class ModelPlan:
     """What will be built: `skeleton` is the whole model on the meta device with this rank's seats in its
-    experts layers; `local` is what this rank holds of it (the same object where nothing is cut).
+    experts layers; `local` is what this rank holds of it, and `all_stages` what the ranks with its places in the other
+    pipeline stages hold besides (the same object where nothing is cut).
 
     folder: where the weights come from; None for a random initialisation. placement: as `load_model` takes it.
     """
 
     skeleton: nn.Module
     local: nn.Module
+    all_stages: nn.Module
     selection: Selection
     placement: Seating
     folder: Path | None
@@ -83,12 +85,15 @@ def plan_model(config: RunConfig, grid: Grid) -> ModelPlan:
     # Again with the placement now known, so that the skeleton has the spans that the model will have.
     where = {"trainable": selection.experts, "placement": placement}
     skeleton, _ = build(**where)
-    local = skeleton
-    if grid.slices > 1 or grid.pipeline > 1:
-        local, _ = build(**where)
+    local = all_stages = skeleton
+    if grid.slices > 1:
+        local = all_stages = build(**where)[0]
+        cut(all_stages, replace(grid, pipeline=1, pipeline_rank=0))
+    if grid.pipeline > 1:
+        local = build(**where)[0]
         cut(local, grid)
         _check_that_stages_train(skeleton, selection, grid)
-    return ModelPlan(skeleton, local, selection, placement, folder)
+    return ModelPlan(skeleton, local, all_stages, selection, placement, folder)
 
 
 def build_model(config: RunConfig, plan: ModelPlan, grid: Grid) -> nn.Module:

@@ -25,9 +25,9 @@ def describe(config: RunConfig, world_size: int) -> str:
     if grid.pipeline > 1:
         cuts = stage_layers(plan.skeleton, grid.pipeline)
         listed = " | ".join(f"{layers.start}-{layers.stop - 1}" for layers in cuts)
-        lines.append(f"stages   layers {listed}; what follows is a rank of the first stage")
+        lines.append(f"stages   layers {listed}; memory is that of the first stage")
     settings = {"zero_stage": config.parallel.zero_stage, "precision": config.train.precision}
-    lines.append(render(plan.local, plan.selection, grid, **settings))
+    lines.append(render(plan.all_stages, plan.selection, grid, **settings))
     lines.append(_memory(config, plan, grid))
     return "\n\n".join(lines)
 

@@ -108,12 +108,12 @@ def _train(config: RunConfig, ranks: Together, *, resume: str, overwrite: bool, 
     best.restore(best_before, folder / run_folder.CHECKPOINTS)
     log = MetricLog(config, active=grid.rank == 0, start_step=step, file=folder / run_folder.METRICS)
     table = {"zero_stage": parallel.zero_stage, "precision": settings.precision}
-    log.say(render(plan.skeleton, plan.selection, grid, **table))
+    log.say(render(plan.all_stages, plan.selection, grid, **table))
     for line in [*routing.announce(), *filter(None, [backends])]:
         log.say(line)
     log.say(f"resuming {config.run.name} from {found}" if found else f"starting {config.run.name} in {folder}")
     log.write("data", step, **data.summary)
-    log.write("trainable", step, layers=record(plan.skeleton, plan.selection, grid, **table))
+    log.write("trainable", step, layers=record(plan.all_stages, plan.selection, grid, **table))
     for name, source in data.summary["train"].items():
         if not source.get("streaming"):
             log.say(
