@@ -2,8 +2,8 @@
 
 Each gets a tiny random model: loaded at EP = 2, outputs and gradients compared with plain transformers, exported and
 compared bit for bit. Distances are ‖a−b‖/‖b‖ of the worst tensor, or the worst expert, in float32; above 2e-6 the
-gradients are compared once more in float64, and that figure decides. `tensor` is the worst distance with blocks cut over
-two ranks, empty where the family's plan does not allow that (`--json` says why). Exit status 1 below 90 %.
+gradients are compared once more in float64, and that figure decides. `tensor` is the worst distance with blocks cut
+over two ranks, empty where the family's plan does not allow that (`--json` says why). Exit status 1 below 90 %.
 """
 
 from __future__ import annotations

@@ -70,9 +70,11 @@ def check(family: str, experts: str, folder: Path, run: Callable[..., list]) -> 
             same_bits(again.state_dict(), type(stock).from_pretrained(folder / "in").state_dict())
             result.stage = "tensor"
             answers = run(cut_by_heads, family, result.model, folder / "in", timeout=TIMEOUT)
+            if max(distance for distance, _ in answers) > TOLERANCE:  # rounding or not: as for the gradients
+                answers = run(cut_by_heads, family, result.model, folder / "in", torch.float64, timeout=TIMEOUT)
+                assert max(answers)[0] <= EXACT, f"over the tensor axis by {max(answers)[0]:.1e} in float64"
             result.refused = answers[0][1]
-            result.tensor = None if result.refused else max(distance for distance, _ in answers)
-            assert result.refused or result.tensor <= TOLERANCE, f"over the tensor axis by {result.tensor:.1e}"
+            result.tensor = None if result.refused else max(answers)[0]
             result.stage = None
     except RankFailure as failure:
         result.reason = str(failure).strip().splitlines()[-1]
@@ -114,22 +116,24 @@ def compare(family: str, model: str, folder: Path, out: Path) -> tuple[float, fl
     return output, gradient, double, None, ""
 
 
-def cut_by_heads(family: str, model: str, folder: Path) -> tuple[float, str]:
+def cut_by_heads(family: str, model: str, folder: Path, dtype: torch.dtype = torch.float32) -> tuple[float, str]:
     """On each rank: the worst distance of its logits and gradients over the tensor axis, and why that refuses it."""
     grid = build_grid(tensor=RANKS)
     try:
-        ours = load_model(folder, grid)
+        ours = load_model(folder, grid, dtype=dtype)
     except UserError as error:
         return 0.0, str(error)
     code = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    stock = getattr(code, model).from_pretrained(folder)
+    stock = getattr(code, model).from_pretrained(folder, dtype=dtype)
     stock.set_experts_implementation("eager")
+    if hasattr(stock, "codec_embedding"):
+        return 0.0, "a talker takes embeddings only"
     ids = torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
     batch["position_ids"] = torch.arange(12).expand(2, -1)
-    mine = ours(**model_inputs(rank_rows(batch, grid), ours.config)).logits
+    mine = ours(**model_inputs(rank_rows(batch, grid), ours.config, dtype=dtype)).logits
     theirs = _forward(stock, ids)
-    weight = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(2))
+    weight = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(2), dtype=dtype)
     (mine * weight.chunk(RANKS, dim=-1)[grid.rank]).sum().backward()
     (theirs * weight).sum().backward()
     for parameter in ours.parameters():
