@@ -108,6 +108,46 @@ def groups_announced(model: nn.Module, groups: list[dict]) -> Iterator[None]:
         delattr(model, MARKER)
 
 
+@contextlib.contextmanager
+def within_stage(grid: Grid) -> Iterator[None]:
+    """While DeepSpeed builds its engine, let the barriers of ZeRO 3 wait for the ranks of the pipeline stage alone:
+    other stages may have nothing to build."""
+    if grid.pipeline == 1:
+        yield
+        return
+    from deepspeed import comm
+
+    barrier, group = comm.barrier, _or_alone(grid.stage_group, grid)
+    comm.barrier = lambda *args, **kwargs: barrier(group=group)
+    try:
+        yield
+    finally:
+        comm.barrier = barrier
+
+
+def compare_within_stage() -> None:
+    """Make ZeRO 3's check that all ranks walk through the same modules one of the ranks of a pipeline stage. For good:
+    it asks for the stage each time."""
+    from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
+    from deepspeed.utils import groups
+
+    everywhere = coordinator.assert_ints_same_as_other_ranks
+    if getattr(everywhere, "of_the_stage", False):
+        return
+
+    def same(numbers: list[int]) -> None:
+        if groups.mpu is None:
+            return everywhere(numbers)
+        stage = groups.mpu.get_data_parallel_group()
+        told: list[list[int]] = [[]] * dist.get_world_size(stage)
+        dist.all_gather_object(told, numbers, group=stage)
+        if any(other != numbers for other in told):
+            raise RuntimeError(f"ranks of a pipeline stage walk through different modules: {told}")
+
+    same.of_the_stage = True
+    coordinator.assert_ints_same_as_other_ranks = same
+
+
 def register_expert_parameters(model: nn.Module) -> None:
     """Stage 3 gathers a module's parameters before its forward; an experts layer reads those of its spans, whose own
     forward is never called."""

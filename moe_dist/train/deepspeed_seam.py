@@ -25,10 +25,12 @@ from torch import nn
 
 from moe_dist.parallel.grid import Grid
 from moe_dist.train.deepspeed_groups import (
+    compare_within_stage,
     groups_announced,
     named_for_deepspeed,
     place_parameters,
     register_expert_parameters,
+    within_stage,
 )
 from moe_dist.train.deepspeed_setup import import_deepspeed, settings
 from moe_dist.train.family import family_of, replicas_of
@@ -53,12 +55,13 @@ class DeepSpeedBackend:
         self._deepspeed = deepspeed = import_deepspeed(grid)
         self.module, self.grid, self.stage = model, grid, zero_stage
         place_parameters(model, grid)
+        compare_within_stage()
         groups = [named_for_deepspeed(group, grid) for group in groups]
         make = _ReducedMasterAdamW if zero_stage == 0 else torch.optim.AdamW
         self.optimizer = make(groups, **hyper)
         trained = sum(parameter.numel() for group in groups for parameter in group["params"])
         config = settings(zero_stage, precision, min(reduce_bucket_size, trained))
-        with groups_announced(model, groups):
+        with groups_announced(model, groups), within_stage(grid):
             logger = deepspeed.utils.logger
             logger.setLevel(logging.ERROR)  # it warns of settings that are meant
             self.engine, *_ = deepspeed.initialize(

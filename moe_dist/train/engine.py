@@ -37,7 +37,7 @@ from moe_dist.parallel.grid import Grid
 from moe_dist.train.optim import create_state, parameter_groups
 from moe_dist.train.pieces import KINDS, Piece, global_names
 from moe_dist.train.plain import PlainBackend
-from moe_dist.train.tied import TiedCopies
+from moe_dist.train.tied import TiedCopies, tied_copies
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -261,8 +261,9 @@ def build_engine(
         raise UserError(f"{grid.world} ranks need DeepSpeed, which is not installed: pip install deepspeed")
     cast_parameters(model, DTYPES[precision])
     model.to(grid.device)
-    tied = None if grid.embedding_group is None else TiedCopies(model, grid)
-    names = global_names(model, tied_copies=tied.names if tied is not None else {})
+    copies = tied_copies(model, grid)
+    tied = TiedCopies(model, grid, copies) if copies else None
+    names = global_names(model, copies if grid.is_last_stage else {})
     groups = parameter_groups(model, weight_decay=weight_decay)
     hyper = {"lr": 0.0, "betas": tuple(betas), "eps": eps}
     if grid.device.type == "cpu" and not tied:
@@ -270,7 +271,7 @@ def build_engine(
         # a result may depend on where in the buffer an element lies, which differs between two copies of a tensor.
         hyper["fused"] = True
     if backend == "plain" or not trains:
-        machinery: Backend = PlainBackend(model, groups, hyper)
+        machinery: Backend = PlainBackend(model, groups, hyper, scale=grid.stage_size)
     else:
         from moe_dist.train.deepspeed_seam import DeepSpeedBackend
 

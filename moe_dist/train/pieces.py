@@ -76,12 +76,12 @@ class PartName(GlobalName):
         )
 
 
-def global_names(model: nn.Module, tied_copies: Mapping[str, str] | None = None) -> dict[nn.Parameter, GlobalName]:
+def global_names(model: nn.Module, copies: Mapping[str, str] | None = None) -> dict[nn.Parameter, GlobalName]:
     """The global name of every local parameter. Call it before ZeRO 3 empties the parameters.
 
     An expert tensor is named by its layer's path and the parameter's own name, without the span that holds it: whether
     an expert trains does not change what it is called.
-    tied_copies: local name -> name of the tensor, held by another pipeline stage, that it is a copy of.
+    copies: local name -> name of the tensor, held by another pipeline stage, that it is a copy of.
     """
     names: dict[nn.Parameter, GlobalName] = {}
     for path, module in model.named_modules():
@@ -91,7 +91,7 @@ def global_names(model: nn.Module, tied_copies: Mapping[str, str] | None = None)
     for local, parameter in model.named_parameters():
         if parameter in names:
             continue
-        name, shard = (tied_copies or {}).get(local, local), shard_of(parameter)
+        name, shard = (copies or {}).get(local, local), shard_of(parameter)
         if shard is None:
             names[parameter] = GlobalName(name, (NOT_EXPERT,), parameter.numel())
         else:

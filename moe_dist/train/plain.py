@@ -14,10 +14,11 @@ from moe_dist.train.pieces import replicated_pieces
 
 class PlainBackend:
     """What `Engine` asks of the machinery below it, for a single process, and for a rank whose pipeline stage holds
-    nothing that trains: it has nothing to reduce. `DeepSpeedBackend` is the other one."""
+    nothing that trains: it has nothing to reduce. `DeepSpeedBackend` is the other one, whose gradients travel between
+    stages with the factor W of its losses (see there); `scale` is that factor here."""
 
-    def __init__(self, model: nn.Module, groups: list[dict], hyper: dict):
-        self.module = model
+    def __init__(self, model: nn.Module, groups: list[dict], hyper: dict, *, scale: int = 1):
+        self.module, self.scale = model, scale
         self.optimizer = MasterAdamW(
             groups or [{"params": [torch.zeros(0)]}], **hyper
         )  # AdamW refuses no tensor at all
@@ -28,7 +29,7 @@ class PlainBackend:
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         if loss.requires_grad:
-            loss.backward()
+            (loss * self.scale).backward()
 
     def optimizer_step(self) -> None:
         self.optimizer.step()

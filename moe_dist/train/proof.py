@@ -16,6 +16,7 @@ import torch.distributed as dist
 from moe_dist.models.surgery import moe_layers
 from moe_dist.parallel.grid import Grid
 from moe_dist.train.engine import Engine
+from moe_dist.train.family import family_of, replicas_of
 
 
 class ChangeProof:
@@ -58,12 +59,9 @@ class ChangeProof:
         for number, (name, parameter) in enumerate(engine.module.named_parameters()):
             if parameter.requires_grad:
                 continue
-            expert = getattr(parameter, "is_expert", False)
-            place, count = (
-                (self.grid.expert_data_rank, self.grid.expert_data) if expert else (self.grid.rank, self.grid.world)
-            )
+            replicas = replicas_of(family_of(parameter), self.grid)
             with engine.gathered([parameter]):
-                if number % count == place:
+                if number % replicas.count == replicas.place:
                     yield name, digest(parameter.detach())
 
 

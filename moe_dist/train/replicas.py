@@ -1,7 +1,8 @@
 """Whether ranks that should hold the same weights do, to the bit: a bad memory chip or a missed reduction shows here.
 
-Each rank sums its bits, tensor by tensor, and the sums are compared: dense tensors over all ranks, experts over the
-ranks that hold the same ones. Under ZeRO 3 no rank holds what another does, apart from buffers.
+Each rank sums its bits, tensor by tensor, and the sums are compared over the ranks that hold the same: those of its
+family (see `train.family`), and the first and the last stage for a tensor that both have. Under ZeRO 3 no rank holds
+what another does, apart from buffers.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from torch import nn
 from moe_dist.config.save import to_dict
 from moe_dist.config.schema import RunConfig
 from moe_dist.errors import PolicyStop
+from moe_dist.parallel.collectives import sum_over
 from moe_dist.parallel.grid import Grid
-from moe_dist.train.family import is_expert
+from moe_dist.parallel.shard import shard_of
+from moe_dist.train.family import FAMILIES, family_of, replicas_of
 from moe_dist.train.state import stored_buffers
+from moe_dist.train.tied import tied_copies
 
 _WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 22
@@ -30,13 +34,16 @@ def check_replicas(model: nn.Module, config: RunConfig, grid: Grid, *, step: int
     """Raise PolicyStop, on all ranks alike, naming tensors and ranks, where replicas differ. Collective."""
     if grid.world == 1:
         return
-    dense, experts = {"the configuration": _of_config(config, grid.device)}, {}
+    sums: dict[str, dict[str, torch.Tensor]] = {family: {} for family in FAMILIES}
     for name, tensor in [*model.named_parameters(), *stored_buffers(model)]:
         if not hasattr(tensor, "ds_id") and tensor.numel():
-            (experts if is_expert(tensor) else dense)[name] = checksum(tensor.detach())
-    odd = _compare(dense, None, grid)
-    if grid.expert_data_group is not None:
-        odd += _compare(experts, grid.expert_data_group, grid)
+            sums[family_of(tensor)][name] = checksum(tensor.detach())
+    odd = _compare({"the configuration": _of_config(config, grid.device)}, None)
+    for family, found in sums.items():
+        group = replicas_of(family, grid).group
+        if group is not None:
+            odd += _compare(found, group)
+    odd += _compare(_of_tied(model, grid), grid.embedding_group)
     found: list[list[str]] = [[] for _ in range(grid.world)]
     everywhere = torch.tensor(len(odd), device=grid.device)
     dist.all_reduce(everywhere)
@@ -72,7 +79,18 @@ def _of_config(config: RunConfig, device: torch.device) -> torch.Tensor:
     return torch.tensor(halves, device=device)
 
 
-def _compare(sums: dict[str, torch.Tensor], group: dist.ProcessGroup | None, grid: Grid) -> list[str]:
+def _of_tied(model: nn.Module, grid: Grid) -> dict[str, torch.Tensor]:
+    """Sums of the tensors that the first and the last stage have both, of all parts where they are cut."""
+    parameters, sums = dict(model.named_parameters()), {}
+    for copy, origin in tied_copies(model, grid).items():
+        tensor = parameters[origin if grid.is_first_stage else copy]
+        if not hasattr(tensor, "ds_id"):
+            parts = None if shard_of(tensor) is None else grid.tensor_group
+            sums[f"{origin} and its copy {copy}"] = sum_over(checksum(tensor), parts)
+    return sums
+
+
+def _compare(sums: dict[str, torch.Tensor], group: dist.ProcessGroup | None) -> list[str]:
     """A line for each tensor in which a rank of the group differs from most of them. Collective over the group."""
     if not sums:
         return []

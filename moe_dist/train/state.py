@@ -19,6 +19,7 @@ from moe_dist.parallel.grid import Grid
 from moe_dist.train.best import Best
 from moe_dist.train.build import ModelPlan
 from moe_dist.train.engine import Engine
+from moe_dist.train.family import is_expert
 from moe_dist.train.pieces import KINDS
 
 BUFFERS = "buffers"
@@ -103,11 +104,16 @@ def contents(
     tokens: int,
     best: Best | None = None,
 ) -> dict:
-    """What a checkpoint of this run holds, as arguments of `checkpoint.save`; its tensors are views of the engine's."""
+    """What a checkpoint of this run holds, as arguments of `checkpoint.save`; its tensors are views of the engine's.
+    Collective."""
     fragments: dict[str, Sequence[Fragment]] = {kind: list(engine.fragments(kind)) for kind in KINDS}
-    # Every rank holds the same buffers; rank 0 writes them.
-    buffers = stored_buffers(engine.module) if grid.rank == 0 else ()
-    fragments[BUFFERS] = [Fragment(name, NOT_EXPERT, 0, buffer.reshape(-1)) for name, buffer in buffers]
+    # Of the ranks that hold a buffer, all those of a stage and perhaps of several, the first one writes it.
+    buffers = dict(stored_buffers(engine.module))
+    held = group_of(grid).gather(list(buffers))
+    earlier = {name for names in held[: grid.rank] for name in names}
+    fragments[BUFFERS] = [
+        Fragment(name, NOT_EXPERT, 0, buffer.reshape(-1)) for name, buffer in buffers.items() if name not in earlier
+    ]
     trainer_state = {
         "step": step,
         "adam_step": engine.adam_step,
@@ -120,7 +126,7 @@ def contents(
         "fragments": fragments,
         "trainer_state": trainer_state,
         "catalogue": catalogue(plan),
-        "frozen": _base(engine, plan, grid),
+        "frozen": _base(engine, plan),
     }
 
 
@@ -134,13 +140,22 @@ def tidy(config: RunConfig, root: Path, grid: Grid, *, best: int | None, whole: 
     checkpoint.prune(root, keep=config.checkpoint.keep, whole=whole, group=group_of(grid))
 
 
-def _base(engine: Engine, plan: ModelPlan, grid: Grid) -> FrozenBase | None:
-    """Where the frozen weights come from. Rank 0's word counts."""
-    if plan.folder is None or all(parameter.requires_grad for parameter in engine.module.parameters()):
+def _base(engine: Engine, plan: ModelPlan) -> FrozenBase | None:
+    """Where the frozen weights come from."""
+    if plan.folder is None or _all_trains(plan):
         return None
     if not hasattr(engine, "base_fingerprint"):
         engine.base_fingerprint = checkpoint.fingerprint(plan.folder)
     return FrozenBase(str(plan.folder), engine.base_fingerprint)
+
+
+def _all_trains(plan: ModelPlan) -> bool:
+    """Whether no tensor of the whole model is frozen, whichever ranks hold them."""
+    dense = {name for name, parameter in plan.skeleton.named_parameters() if not is_expert(parameter)}
+    experts = plan.selection.experts
+    return dense <= plan.selection.names and all(
+        len(experts[name]) == layer.spec.num_experts for name, layer in moe_layers(plan.skeleton)
+    )
 
 
 def restore(opened: Checkpoint, engine: Engine, plan: ModelPlan) -> None:

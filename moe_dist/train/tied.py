@@ -39,21 +39,27 @@ class _Part:
         return whole[self.start : self.start + self.length]
 
 
+def tied_copies(model: nn.Module, grid: Grid) -> dict[str, str]:
+    """What the last stage holds copies of, as its model's `tied_copies` says: name there -> name on the first stage.
+    The same on all ranks of both stages; empty on others. Collective over both."""
+    if grid.embedding_group is None:
+        return {}
+    told: list[dict[str, str]] = [{}] * (2 * grid.stage_size)
+    dist.all_gather_object(told, dict(getattr(model, "tied_copies", {})), group=grid.embedding_group)
+    return told[-1]  # the group's members are the ranks of the first stage, then those of the last
+
+
 class TiedCopies:
     """The tensors that the first and the last stage hold both, on a rank of one of them. Collective over these ranks.
 
-    The last stage's model says what is a copy in `tied_copies`: name there -> name on the first stage. `names` is that
-    on the last stage, and empty on the first.
+    copies: of `tied_copies`.
     """
 
-    def __init__(self, model: nn.Module, grid: Grid):
+    def __init__(self, model: nn.Module, grid: Grid, copies: dict[str, str]):
         self._group, self._size, self._first = grid.embedding_group, grid.stage_size, grid.is_first_stage
-        # The members of the embedding group are the ranks of the first stage, then those of the last.
         self._place = grid.stage_rank + (0 if self._first else self._size)
-        self.names: dict[str, str] = dict(getattr(model, "tied_copies", {})) if grid.is_last_stage else {}
-        told = self._told(self.names)[-1]
         local = dict(model.named_parameters())
-        here = [local[origin if self._first else copy] for copy, origin in sorted(told.items())]
+        here = [local[origin if self._first else copy] for copy, origin in sorted(copies.items())]
         self._tensors = [parameter for parameter in here if parameter.requires_grad]
         self._tensor_parallel = grid.tensor
         self._sends: list[list[_Part]] = []
@@ -71,7 +77,9 @@ class TiedCopies:
         """Find out who needs what from whom. Collective. held: the pieces that this rank's optimizer steps."""
         held = list(held)
         pieces = [[piece for piece in held if piece.parameter is tensor] for tensor in self._tensors]
-        spans = self._told([[(piece.offset, piece.offset + piece.length) for piece in found] for found in pieces])
+        mine = [[(piece.offset, piece.offset + piece.length) for piece in found] for found in pieces]
+        spans: list[list[list[Span]]] = [[]] * (2 * self._size)
+        dist.all_gather_object(spans, mine, group=self._group)
         self._sends, self._receives = ([[] for _ in spans] for _ in range(2))
         for number, (tensor, found) in enumerate(zip(self._tensors, pieces, strict=True)):
             parts = 1 if shard_of(tensor) is None else self._tensor_parallel
@@ -94,12 +102,6 @@ class TiedCopies:
         for part in (part for parts in self._receives for part in parts):
             mine, incoming = incoming[: part.length], incoming[part.length :]
             part.gradient().add_(mine)
-
-    def _told(self, mine):
-        """What each rank of the two stages says, in order."""
-        told = [None] * (2 * self._size)
-        dist.all_gather_object(told, mine, group=self._group)
-        return told
 
 
 def _transfers(spans: list[list[Span]], parts: int) -> Iterator[tuple[int, int, int, int]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from moe_dist.checkpoint import Range
 from moe_dist.models.recompute import enable_recompute
 from moe_dist.parallel.grid import build_grid
 from moe_dist.train.engine import Engine, build_engine
@@ -89,22 +90,24 @@ def evaluate(engine: Engine, row) -> None:
 
 def packed(fragments) -> list[tuple]:
     """Fragments as plain data, copied: the engine goes on writing into what they view."""
-    return [(f.name, f.expert, f.offset, f.tensor.detach().clone().numpy()) for f in fragments]
+    return [(f.name, f.expert, (f.offset, f.runs, f.stride), f.tensor.detach().clone().numpy()) for f in fragments]
 
 
 def assembled(ranks: list[list[tuple]]) -> dict[tuple[str, int], torch.Tensor]:
     """(name, expert) -> flat tensor, from the packed fragments of all ranks; no element may come twice."""
     pieces: dict[tuple[str, int], list] = {}
-    for name, expert, offset, array in (fragment for rank in ranks for fragment in rank):
-        pieces.setdefault((name, expert), []).append((offset, torch.from_numpy(array)))
+    for name, expert, (offset, runs, stride), array in (fragment for rank in ranks for fragment in rank):
+        at = Range(name, expert, offset, array.size // runs, runs, stride)
+        pieces.setdefault((name, expert), []).append((at, torch.from_numpy(array)))
     tensors = {}
     for key, found in pieces.items():
-        found.sort(key=lambda piece: piece[0])
-        end = 0
-        for offset, tensor in found:
-            assert offset == end, f"{key}: element {offset} after {end}"
-            end += tensor.numel()
-        tensors[key] = torch.cat([tensor for _, tensor in found])
+        size = max(at.end for at, _ in found)
+        assert sum(at.numel for at, _ in found) == size, f"{key}: holes, or elements twice"
+        tensor = torch.full((size,), torch.nan)
+        for at, values in found:
+            at.of(tensor).copy_(values.view(at.runs, at.length))
+        assert not tensor.isnan().any(), f"{key}: a hole"
+        tensors[key] = tensor
     return tensors
 
 
@@ -182,8 +185,7 @@ def reader(tensors: dict[str, dict[tuple[str, int], torch.Tensor]]):
     def read(kind, places):
         for place in places:
             where = place.range
-            whole = tensors[kind][where.name, where.expert]
-            yield whole[where.offset : where.offset + where.length]
+            yield where.of(tensors[kind][where.name, where.expert]).flatten()
 
     return read
 

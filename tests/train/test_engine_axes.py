@@ -1,0 +1,61 @@
+"""The engine over tensor-cut parameters and pipeline stages, at every ZeRO stage, against one plain process."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from tests.reference import relative_error
+from tests.train.axes import Case, train, train_plain
+from tests.train.runner import assembled
+
+WORLD = 4
+# Layouts (p, t, e) of four ranks: tensor without experts, the same groups for both, different ones, and with stages.
+LAYOUTS = [(1, 2, 1), (1, 2, 2), (1, 2, 4), (1, 4, 2), (2, 1, 1), (2, 1, 2), (2, 2, 1), (2, 2, 2)]
+OUTSIDE = ("embed", "head", *(f"layers.{index}.{name}" for index in (0, 1) for name in ("mixer", "norm", "router")))
+PROBLEMS = {
+    "all": {"accumulation": 2},
+    "tied": {"tied": True},
+    "some experts": {"experts": ((1,), (0, 4)), "frozen": ("layers.0.mixer",)},
+    "nothing cut trains": {"frozen": ("layers.0.mlp", "layers.1.mlp")},
+    "cut tensors only": {"frozen": OUTSIDE, "experts": ((), ())},
+    "a stage without any": {"frozen": ("head", "layers.1"), "experts": ((0, 1), ())},
+}
+
+
+def cells() -> list[tuple]:
+    """Every layout meets every ZeRO stage, and every problem each of both in some cell."""
+    chosen = [("all", layout, stage) for layout in LAYOUTS for stage in range(4)]
+    rest = [problem for problem in PROBLEMS if problem != "all"]
+    for number, problem in enumerate(rest):
+        chosen += [(problem, LAYOUTS[(number + 3 * stage) % len(LAYOUTS)], stage) for stage in range(4)]
+    chosen += [("tied", layout, stage) for layout, stage in (((2, 2, 1), 1), ((2, 1, 2), 2), ((2, 2, 2), 0))]
+    chosen += [("a stage without any", layout, 2) for layout in ((2, 1, 1), (2, 2, 2))]
+    return list(dict.fromkeys(chosen))
+
+
+@functools.cache
+def plain(problem: str, micro_batches: int) -> dict:
+    return train_plain(Case(**PROBLEMS[problem]), micro_batches)
+
+
+@pytest.mark.parametrize(("problem", "layout", "stage"), cells())
+def test_training_is_that_of_one_plain_process(ranks, problem, layout, stage):
+    p, t, e = layout
+    case = Case(p=p, t=t, e=e, stage=stage, **PROBLEMS[problem])
+    expected = plain(problem, WORLD // p * case.accumulation)
+    results = ranks(WORLD, train, case, timeout=120)
+    for kind, tolerance in (("gradients", 2e-6), ("weights", 1e-5), ("exp_avg", 5e-6), ("exp_avg_sq", 5e-6)):
+        found = assembled([result[kind] for result in results])
+        assert found.keys() == expected[kind].keys()
+        errors = {key: relative_error(found[key], expected[kind][key]) for key in found}
+        worst = max(errors, key=errors.get)
+        assert errors[worst] <= tolerance, f"{kind} of {worst}: {errors[worst]:.1e}"
+    for result in results:
+        assert result["norms"] == pytest.approx(expected["norms"], rel=1e-6)
+        assert result["adam_step"] == 3
+    if case.tied and p > 1:
+        copy, original = (results[rank]["parameters"] for rank in (WORLD - 1, 0))
+        assert torch.equal(torch.from_numpy(copy["head.weight"]), torch.from_numpy(original["embed.weight"]))
