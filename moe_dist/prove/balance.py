@@ -54,7 +54,8 @@ def routing_loss(passes: list[list[list[Routed]]], settings: MoeSection, scores:
 
 def _switch(documents: list[Routed], loads: list[Routed], layer: int, score: str) -> torch.Tensor:
     """E · Σ_i (share of the slots of `loads` that expert i got) · (its mean probability over `documents`)."""
-    logits_TE = torch.cat([document.logits[layer] for document in documents]).float()
+    logits_TE = torch.cat([document.logits[layer] for document in documents])
+    logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
     if score == "sigmoid":
         weights_TE = torch.sigmoid(logits_TE)
         probs_TE = weights_TE / weights_TE.sum(1, keepdim=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from safetensors import safe_open
@@ -17,6 +17,7 @@ from moe_dist.prove.plain import label
 from moe_dist.prove.problem import Problem
 from moe_dist.train.engine import Engine
 from moe_dist.train.pieces import KINDS
+from moe_dist.train.start import on_rank_zero
 from moe_dist.train.state import stored_buffers
 
 OUTPUTS, GRADIENTS, NORMS, WEIGHTS = 2e-6, 2e-6, 2e-6, 1e-5  # relative errors, as those of tests/parity
@@ -30,9 +31,19 @@ def by_step(found: list[float], expected: list[float]) -> dict[str, float]:
 
 
 def fragments(
-    name: str, found: Iterable[Fragment], problem: Problem, grid: Grid, *, file: str, tolerance: float
+    name: str,
+    found: Iterable[Fragment],
+    problem: Problem,
+    grid: Grid,
+    *,
+    file: str,
+    tolerance: float,
+    rounding: Callable[[], dict[str, float]] | None = None,
 ) -> Check:
-    """Fragments of all ranks against whole tensors in a file of the plain process. Collective."""
+    """Fragments of all ranks against whole tensors in a file of the plain process. Collective.
+
+    rounding: called on rank 0 where some error is beyond the tolerance; name -> the plain process' own error.
+    """
     tallies, strange = Tallies(), set()
     with safe_open(problem.work / file, framework="pt") as reference:
         sizes = {key: reference.get_slice(key).get_shape()[0] for key in reference.keys()}  # noqa: SIM118 - no mapping
@@ -56,9 +67,12 @@ def fragments(
         for key, tally in merged.items()
         if not tally.covers(sizes[key])
     ]
-    return Check.of(
-        name, {problem.original(key): tally.error for key, tally in merged.items()}, tolerance, tuple(faults)
-    )
+    errors = {problem.original(key): tally.error for key, tally in merged.items()}
+    check = Check.of(name, errors, tolerance, tuple(faults))
+    if check.holds or faults or rounding is None:
+        return check
+    floors = {problem.original(key): floor for key, floor in on_rank_zero(rounding).items()}
+    return Check.of(name, errors, tolerance, rounding=floors)
 
 
 def frozen(engine: Engine, buffers: dict[str, list], problem: Problem, grid: Grid) -> Check:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from safetensors import safe_open
 from torch import nn
@@ -21,6 +23,7 @@ class Outputs:
     def __init__(self, model: nn.Module, problem: Problem, grid: Grid):
         self.model, self.problem, self.grid = model, problem, grid
         self.logits: list[torch.Tensor] = []
+        self.reached: dict[str, bool] = {}
         self.ids: dict[str, list[torch.Tensor]] = {name: [] for name, _ in moe_layers(model)}
 
     def __enter__(self) -> Outputs:
@@ -28,18 +31,26 @@ class Outputs:
             if self.grid.is_last_stage:
                 self.logits.append(output.logits.detach().float().cpu())
 
-        self._hook = self.model.register_forward_hook(keep)
+        self._hooks = [self.model.register_forward_hook(keep)]
         for name, layer in moe_layers(self.model):
+            hear = partial(self._hear, name)
+            self._hooks.append(layer.register_forward_hook(hear))
             layer.recorders.append(lambda ids_TK, _, kept=self.ids[name]: kept.append(ids_TK.detach().cpu()))
         return self
 
     def __exit__(self, *exception) -> None:
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         for _, layer in moe_layers(self.model):
             layer.recorders.pop()
 
-    def compare(self) -> list[Check]:
-        """Checks of the logits of each row, and of the experts that tokens chose in each layer."""
+    def _hear(self, name: str, layer: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        self.reached[name] = output.requires_grad
+
+    def compare(self, reached: dict[str, bool]) -> list[Check]:
+        """Checks of the logits of each row, of the experts that tokens chose in each layer, and of how far down the
+        backward goes. reached: of each layer of experts, whether the plain process' backward comes to it. Collective.
+        """
         _, numbers = self.problem.batches(0, self.grid)
         tallies, seen = Tallies(), {}
         with safe_open(self.problem.work / plain.ROWS, framework="pt") as reference:
@@ -61,7 +72,14 @@ class Outputs:
         logits = Check.of(
             "logits", {f"row {row}": tally.error for row, tally in merged.items()}, OUTPUTS, tuple(missing)
         )
-        return [logits, self._chosen(seen, tokens)]
+        # What a later stage is given always gets a gradient back: there may be something that trains below.
+        mine = self.reached if self.grid.is_first_stage else {}
+        backward = {
+            self.problem.original(name): float(found != reached[name])
+            for own in everyone(mine, self.grid)
+            for name, found in own.items()
+        }
+        return [logits, self._chosen(seen, tokens), Check.of("backward", backward, BITS)]
 
     def _add_logits(self, tallies: Tallies, row: int, found_MV: torch.Tensor, whole_LV: torch.Tensor) -> None:
         """This rank's part of a row: the tokens of its block, the vocabulary of its tensor rank."""

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,12 +22,14 @@ from moe_dist.models.families import ExpertsDescription, describe_experts, our_n
 from moe_dist.models.skeleton import model_class, read_config
 from moe_dist.prove.balance import Routed, routing_loss
 from moe_dist.prove.cut import without_progress_bars
+from moe_dist.prove.nexus import take_formulas
 from moe_dist.prove.problem import IGNORE, RATES, Problem
 from moe_dist.train.trainable import Selection
 
 Key = tuple[str, int]  # (name of the tensor in the canonical layout, expert id or -1)
 GRADIENTS, WEIGHTS, FROZEN, ROWS = (f"plain-{name}.safetensors" for name in ("gradients", "weights", "frozen", "rows"))
 FIGURES = "plain.json"
+MOST_ROUNDING = 1e-3  # beyond it a gradient says nothing about a layout
 BYTES_A_PARAMETER = 28  # weight, gradient, leaf and its gradient, two moments, what is being written
 
 
@@ -55,10 +58,12 @@ class Plain:
         with without_progress_bars():
             self.model = cls.from_pretrained(folder, dtype=dtype, **options)
         self.model.to(device).train()
+        take_formulas(self.model)
         self.device = device
         self.layers = describe_experts(self.model)
         self.leaves = self._leaves(selection)
         self.seen: dict[str, list] = {}
+        self.reached: dict[str, bool] = {}  # of each layer of experts, whether the backward comes to it
         self._listen()
 
     def run(self) -> dict:
@@ -70,7 +75,7 @@ class Plain:
             for leaf in self.leaves.values()
         ]
         optimizer = torch.optim.AdamW(groups, betas=tuple(settings.betas), eps=settings.eps)
-        figures: dict = {"norms": [], "losses": [], "clip_norm": settings.clip_norm}
+        figures: dict = {"norms": [], "losses": [], "clip_norm": settings.clip_norm, "held_out": [self._held_out()]}
         for step, rate in enumerate(RATES):
             self.model.zero_grad()
             figures["losses"].append(self._backward(step))
@@ -92,33 +97,58 @@ class Plain:
             self._write_back()
             self._move_biases()
         self._save(WEIGHTS, {key: leaf.tensor.detach() for key, leaf in self.leaves.items()})
+        figures["held_out"].append(self._held_out())
+        figures["reached"] = self.reached
         figures["buffers"] = {name: buffer.tolist() for name, buffer in self._biases()}
         (self.problem.work / FIGURES).write_text(json.dumps(figures))
         return figures
 
+    def first_gradients(self) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        """Those of the first step by name, flat, and the experts that were chosen on the way."""
+        found = self._pass(0)
+        self._total(0, found)[0].backward()
+        gradients = {label(key): leaf.gradient().flatten() for key, leaf in self.leaves.items()}
+        return gradients, [ids_TK for documents in found for _, routed in documents for ids_TK in routed.ids]
+
+    @torch.no_grad()
+    def _held_out(self) -> float:
+        """The mean loss of a label token of the first step's rows, in evaluation."""
+        self.model.eval()
+        loss = self._loss(0, self._pass(0)).item() / self.problem.labels(0)
+        self.model.train()
+        return loss
+
     def _backward(self, step: int) -> float:
         """Gradients of a step's loss; the mean loss of a label token."""
-        problem, settings = self.problem, self.settings
-        rows = problem.documents(step)
-        labels = problem.labels(step)
-        found = [[self._forward(ids) for ids, _ in row] for row in rows]
-        loss = sum(
-            F.cross_entropy(logits[:-1].float(), labels.to(self.device)[1:], ignore_index=IGNORE, reduction="sum")
-            for documents, row in zip(found, rows, strict=True)
+        found = self._pass(step)
+        total, loss = self._total(step, found)
+        total.backward()
+        if step == 0:
+            self._save_rows(found)
+        return loss.item() / self.problem.labels(step)
+
+    def _pass(self, step: int) -> list:
+        return [[self._forward(ids) for ids, _ in row] for row in self.problem.documents(step)]
+
+    def _loss(self, step: int, found: list) -> torch.Tensor:
+        return sum(
+            F.cross_entropy(wide(logits[:-1]), labels.to(self.device)[1:], ignore_index=IGNORE, reduction="sum")
+            for documents, row in zip(found, self.problem.documents(step), strict=True)
             for (logits, _), (_, labels) in zip(documents, row, strict=True)
         )
+
+    def _total(self, step: int, found: list) -> tuple[torch.Tensor, torch.Tensor]:
+        """(all losses of a step as they are trained on, the language model's summed over label tokens)."""
+        problem, settings = self.problem, self.settings
+        loss = self._loss(step, found)
         size = settings.train.micro_batch_size
-        ranks = [[routed for row in found[at : at + size] for _, routed in row] for at in range(0, len(rows), size)]
+        ranks = [[routed for row in found[at : at + size] for _, routed in row] for at in range(0, len(found), size)]
         data = len(ranks) // problem.micro_batches
         passes = [ranks[at : at + data] for at in range(0, len(ranks), data)]
         self._loads = [torch.cat([routed.ids[place].flatten() for rank in ranks for routed in rank])
                        for place in range(len(self.layers))]  # fmt: skip
         scores = [layer.router[1].score if layer.router else "softmax" for layer in self.layers]
-        total = loss / labels + routing_loss(passes, settings.moe, scores)
-        total.backward()
-        if step == 0:
-            self._save_rows(found)
-        return loss.item() / labels
+        return loss / problem.labels(step) + routing_loss(passes, settings.moe, scores), loss
 
     def _forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, Routed]:
         """Logits `[length, V]` of one document, and what its routers said."""
@@ -129,13 +159,18 @@ class Plain:
     def _listen(self) -> None:
         for layer in self.layers:
             experts = self.model.get_submodule(layer.name)
-            experts.register_forward_pre_hook(lambda _, inputs: self.seen["ids"].append(inputs[1].flatten(0, -2)))
+            experts.register_forward_hook(partial(self._hear_experts, layer.name))
             if layer.router is not None:
                 path, family = layer.router
                 at = family.outputs.index("logits")
                 self.model.get_submodule(path).register_forward_hook(
                     lambda _, __, out, at=at: self.seen["logits"].append(out[at].flatten(0, -2))
                 )
+
+    def _hear_experts(self, name: str, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        self.seen["ids"].append(inputs[1].flatten(0, -2))
+        if torch.is_grad_enabled():
+            self.reached[name] = output.requires_grad
 
     # What trains
 
@@ -210,6 +245,22 @@ class Plain:
             for place, layer in enumerate(self.layers):
                 tensors[f"ids.{row}.{layer.name}"] = torch.cat([routed.ids[place] for _, routed in documents]).cpu()
         save_file(tensors, self.problem.work / ROWS)
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """In float32, or in its own dtype where that is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def rounding(problem: Problem, selection: Selection, device: torch.device) -> dict[str, float]:
+    """How far the plain process' own gradients are from those in float64, relatively, by tensor: of a gradient that is
+    a sum of which most cancels, that is much. Nothing where other experts are chosen in float64."""
+    exact, chosen = Plain(problem, selection, device, torch.float64).first_gradients()
+    rounded, as_before = Plain(problem, selection, device).first_gradients()
+    if not all(map(torch.equal, chosen, as_before)):
+        return {}
+    floors = {name: ((rounded[name] - exact[name]).norm() / exact[name].norm()).item() for name in exact}
+    return {name: floor for name, floor in floors.items() if floor < MOST_ROUNDING}
 
 
 def _part(parameter: torch.Tensor, row: int | None, layer: ExpertsDescription | None) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 
 from moe_dist import checkpoint
 from moe_dist.launch.guard import NO_GUARD, Guard
@@ -18,7 +19,8 @@ from moe_dist.prove.problem import RATES, Problem
 from moe_dist.train import state
 from moe_dist.train.build import ModelPlan, build_model, plan_model
 from moe_dist.train.engine import Engine, build_engine
-from moe_dist.train.passes import run_passes
+from moe_dist.train.evaluate import held_out
+from moe_dist.train.passes import run_forwards, run_passes
 from moe_dist.train.routing import Routing
 
 LAST = len(RATES) - 1
@@ -62,6 +64,14 @@ class Trial:
         self.routing.end_step(skipped=result.skipped)
         return result.grad_norm
 
+    def held_out(self) -> float:
+        """The mean loss of a label token of the first step's rows, as evaluations take it."""
+        batches, _ = self.problem.batches(0, self.grid)
+        losses = partial(
+            run_forwards, self.engine.forward, self.engine.module, self.routing, grid=self.grid, guard=self.guard
+        )
+        return held_out(losses, self.engine.module, batches, self.grid)["loss"]
+
     def save(self) -> None:
         self.guard.beat("saving")
         root = self.problem.work / "checkpoints"
@@ -71,6 +81,10 @@ class Trial:
         self.guard.beat("resuming")
         with checkpoint.open_checkpoint(self.problem.work / "checkpoints" / f"step-{LAST}") as opened:
             state.restore(opened, self.engine, self.plan)
+
+    def rounding(self) -> dict[str, float]:
+        """What rounding alone makes of gradients, see `plain.rounding`. On rank 0."""
+        return plain.rounding(self.problem, self.plan.selection, self.grid.device)
 
     def close(self) -> None:
         self.engine.close()
@@ -93,18 +107,22 @@ def judge(problem: Problem, grid: Grid, *, guard: Guard = NO_GUARD) -> Iterator[
 
 def _three_steps(trial: Trial, expected: dict) -> Iterator[Check]:
     problem, grid, engine = trial.problem, trial.grid, trial.engine
-    losses, norms = [], []
+    losses, norms, evaluated = [], [], [trial.held_out()]
     with Outputs(engine.module, problem, grid) as outputs:
         losses.append(trial.passes(0))
-    yield from outputs.compare()
-    yield fragments("gradients", engine.gradients(), problem, grid, file=plain.GRADIENTS, tolerance=GRADIENTS)
+    yield from outputs.compare(expected["reached"])
+    gradients = {"file": plain.GRADIENTS, "tolerance": GRADIENTS, "rounding": trial.rounding}
+    yield fragments("gradients", engine.gradients(), problem, grid, **gradients)
     norms.append(trial.update(0))
     for step in range(1, len(RATES)):
         if step == LAST:
             trial.save()
         losses.append(trial.passes(step))
         norms.append(trial.update(step))
-    yield Check.of("loss", by_step(losses, expected["losses"]), OUTPUTS)
+    evaluated.append(trial.held_out())
+    before_and_after = by_step(evaluated, expected["held_out"]).values()
+    errors = dict(zip(("held out, before", "held out, after"), before_and_after, strict=True))
+    yield Check.of("loss", by_step(losses, expected["losses"]) | errors, OUTPUTS)
     errors = {
         f"{step}, rank {rank}": error
         for rank, own in enumerate(everyone(norms, grid))

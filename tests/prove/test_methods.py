@@ -1,0 +1,66 @@
+"""`prove` on runs of ESFT and of Nexus: those of their planted faults that a run can show are noticed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.methods.nexus.tiny import nexus_folder
+from tests.models.tiny import make_folder
+from tests.mutants import test_esft as esft
+from tests.mutants import test_nexus as nexus
+from tests.mutants.fault import BASE
+from tests.mutants.planting import Planting
+from tests.prove.cases import certificate_of, config_of, first_off, prepared
+
+ESFT = replace(BASE, trainable="one layer", stage=2)
+NEXUS = replace(BASE, layout=(1, 1), balance="hf")
+# The first check that does not hold.
+NOTICED = {
+    ("esft", "frozen experts decay"): "loss",
+    ("esft", "masters in bf16"): "loss",
+    ("esft", "state of frozen experts"): "backward",
+    ("esft", "backward below the lowest layer"): "backward",
+    ("prototype", "shared expert forgotten"): "logits",
+    ("prototype", "renormalised at top 1"): "logits",
+    ("prototype", "rows detached"): "gradients",
+    ("prototype", "common part stays"): "logits",
+    ("prototype", "balance coefficient forgotten"): "gradients",
+    ("paper", "centre moves with a new expert"): "logits",
+}
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory):
+    made = {}
+
+    def get(kind):
+        if kind not in made:
+            path = tmp_path_factory.mktemp(kind)
+            if kind == "esft":  # the second layer trains, the first does not
+                config = config_of(ESFT, str(make_folder("qwen3_moe", path / "model", num_hidden_layers=3)))
+                config.trainable.experts = {"1": [0, 2, 3]}
+                config.model.attention = None
+            else:
+                config = config_of(NEXUS, str(nexus_folder("llama", path / "model", router=kind, num_experts=4)))
+            made[kind] = prepared(config, (ESFT if kind == "esft" else NEXUS).world, path / "proof")
+        return made[kind]
+
+    return get
+
+
+@pytest.mark.parametrize("kind", ["esft", "prototype", "paper", "linear"])
+def test_no_alarm_without_a_fault(ranks, problems, kind):
+    problem = problems(kind)
+    for certificate in ranks(2 if kind == "esft" else 1, certificate_of, problem, timeout=90):
+        assert certificate.holds, certificate.text()
+
+
+@pytest.mark.parametrize(("kind", "name"), NOTICED)
+def test_the_fault_is_noticed(ranks, problems, kind, name):
+    cases = esft.CASES if kind == "esft" else nexus.CASES
+    planted = Planting(ranks, cases[name].fault)
+    for check in planted(2 if kind == "esft" else 1, first_off, problems(kind), timeout=60):
+        assert check is not None
+        assert check.name == NOTICED[kind, name]
