@@ -164,7 +164,7 @@ def _train(config: RunConfig, ranks: Together, *, resume: str, overwrite: bool, 
         torch.manual_seed((config.run.seed * 1_000_003 + step) * 65_537 + grid.rank)
         routing.start_step()
         passes = run_passes(engine, routing, batches, labels=labels, grid=grid, guard=guard)
-        guard.worked(work + passes.work)
+        guard.worked(work + passes.work, team=grid.pipeline_rank)
         guard.beat("the update")
         lr = learning_rate(
             settings.schedule,

@@ -57,12 +57,18 @@ def harm(rank: int, victim: int, kind: str, place: str) -> None:
         at_place(rank, place, KINDS[kind][0], 3 if place in ("data", "forward", "backward") else 1)
 
 
+def harm_a_forward(rank: int, victim: int, kind: str, call: int) -> None:
+    """On the victim: have it happen in its `call`-th forward."""
+    if rank == victim:
+        at_place(rank, "forward", KINDS[kind][0], call)
+
+
 def at_place(rank: int, place: str, act, call: int) -> None:
     """Have `act` happen where this process comes to `place` the `call`-th time."""
     owner, name = {
         "loading": (loop, "build_model"),
         "data": (TrainData, "next_batch"),
-        "forward": (passes, "target_loss_sum"),
+        "forward": (passes, "model_inputs"),
         "backward": (passes, "target_loss_sum"),
         "checkpoint": (writer._Save, "write"),
         "evaluation": (loop, "held_out"),

@@ -12,7 +12,7 @@ import pytest
 
 from moe_dist.errors import EXIT_OK, EXIT_TRANSIENT
 from moe_dist.launch.processes import descendants
-from tests.faults.harm import HANG_TIMEOUT, KINDS, PLACES, STACKLESS, at_place, harm
+from tests.faults.harm import HANG_TIMEOUT, KINDS, PLACES, STACKLESS, at_place, harm, harm_a_forward
 from tests.run.forked import Ranks
 from tests.run.processes import write_config
 from tests.run.runs import events, make_files, settings
@@ -81,6 +81,31 @@ def test_fault_21_a_rank_fails(files, tmp_path, kind, place, victim):
     assert lines[0].removeprefix("moe-dist: ") in log.read_text()
     if kind not in STACKLESS:
         assert "tests/faults/harm.py" in log.read_text()
+
+
+STAGES = [(kind, call, victim) for kind in ("exception", "kill", "hang") for call in (5, 6) for victim in (0, 1)]
+STAGES_IN_SUITE = [("exception", 6, 1), ("hang", 5, 0)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "call", "victim"),
+    [pytest.param(*case, marks=() if case in STAGES_IN_SUITE else pytest.mark.report_only) for case in STAGES],
+)
+def test_fault_21_a_pipeline_stage_fails(files, tmp_path, kind, call, victim):
+    """In the forward of the first or second of four micro-batches of the second step."""
+    tree = run_settings(files, tmp_path / "run")
+    tree["parallel"] = {"pipeline": 2}
+    words = ("train", str(write_config(tree, tmp_path / "c.yaml")))
+    with Ranks(2, words, tmp_path / "output", before=harm_a_forward, args=(victim, kind, call)) as ranks:
+        codes = ranks.wait(WITHIN)
+        text = ranks.text
+    assert None not in codes, (codes, text)
+    assert codes[victim] != EXIT_OK, (codes, text)
+    assert codes[1 - victim] == EXIT_TRANSIENT, (codes, text)
+    lines = [line for line in text.splitlines() if re.match(rf"moe-dist: rank \d+ on {HOST} ", line)]
+    assert len(lines) == 1, text
+    assert lines[0].startswith(f"moe-dist: rank {victim} on {HOST} {KINDS[kind][1]}"), lines
+    assert "step 2, forward" in lines[0]
 
 
 @pytest.mark.report_only

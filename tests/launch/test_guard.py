@@ -47,6 +47,8 @@ def known(beats: int, *, state="S", waiting=None, since=0.0, top="") -> Known:
         ([known(9, waiting=True), known(9, waiting=True)], None, "all 2 ranks have hung for 30 s at the same place"),
         ([known(9), known(9)], None, "(step 5, forward): the network, or collectives that do not match"),
         ([known(9), known(8), known(8)], 1, "; so do ranks 2"),
+        ([known(9, waiting=False), known(8, waiting=True)], 0, "where the others wait for it"),
+        ([known(9, waiting=True), known(8, waiting=True)], 1, "it is behind the others"),
     ],
 )
 def test_who_hangs(ranks, culprit, text):
@@ -65,10 +67,13 @@ def test_limits_follow_the_pace_and_the_phase():
 
 
 def test_stragglers_are_measured_by_the_others():
-    assert stragglers({0: 1.0, 1: 1.1, 2: 0.9, 3: 3.0}) == {3: 3.0}
-    assert stragglers({0: 1.0, 1: 2.5}) == {1: 2.5}  # of two, half the mean would hide it
-    assert stragglers({0: 1.0, 1: 1.9}) == {}
-    assert stragglers({0: 1.0}) == {}
+    together = dict.fromkeys(range(4), 0)
+    assert stragglers({0: 1.0, 1: 1.1, 2: 0.9, 3: 3.0}, together) == {3: 3.0}
+    assert stragglers({0: 1.0, 1: 2.5}, together) == {1: 2.5}  # of two, half the mean would hide it
+    assert stragglers({0: 1.0, 1: 1.9}, together) == {}
+    assert stragglers({0: 1.0}, together) == {}
+    # Pipeline stages have more or less to do.
+    assert stragglers({0: 1.0, 1: 1.1, 2: 3.0, 3: 9.0}, {0: 0, 1: 0, 2: 1, 3: 1}) == {3: 3.0}
 
 
 def test_stacks_tell_who_waits_and_where():
@@ -106,10 +111,10 @@ def test_a_heartbeat_is_read_as_it_was_written(tmp_path):
         file.flush()
         heart = Heartbeat(file.fileno())
         heart.beat("forward", 7)
-        heart.worked(0.5)
+        heart.worked(0.5, team=3)
         heart.beat("backward")
         memory = mmap.mmap(file.fileno(), SIZE, prot=mmap.PROT_READ)
-        assert read(memory) == heart.position == Position(2, 7, 1, "backward", 0.5)
+        assert read(memory) == heart.position == Position(2, 7, 1, "backward", 0.5, 3)
         assert str(heart.position) == "step 8, backward"
         heart.close()
 

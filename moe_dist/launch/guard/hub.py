@@ -184,7 +184,7 @@ class Hub:
         if min(steps.values()) < SAMPLE_STEPS or now - start < SAMPLE_SECONDS:
             return
         work = {rank: (position.work - before[rank].work) / steps[rank] for rank, position in positions.items()}
-        slow = stragglers(work)
+        slow = stragglers(work, {rank: position.team for rank, position in positions.items()})
         self._slow = {rank: self._slow.get(rank, 0) + 1 for rank in slow}
         for rank, windows in self._slow.items():
             if windows == SAMPLES and 0 in self._wires:

@@ -48,11 +48,13 @@ def who_hangs(ranks: Mapping[int, Known]) -> tuple[list[int], str]:
     behind = [rank for rank, known in ranks.items() if known.position.beats == first]
     if len(behind) < len(ranks):
         working = [rank for rank in behind if ranks[rank].waiting is False]
-        return working or behind, "is behind the others"
+        if working or not all(ranks[rank].waiting for rank in behind):
+            return working or behind, "is behind the others"
+        # A pipeline stage may be behind because it waits for one that is not.
     working = [rank for rank, known in ranks.items() if known.waiting is False]
     if working and len(working) < len(ranks):
         return working, "does not come to where the others wait for it"
-    return [], ""
+    return ([], "") if len(behind) == len(ranks) else (behind, "is behind the others")
 
 
 def hang_line(ranks: Mapping[int, Known], *, now: float) -> tuple[int | None, str]:
@@ -80,11 +82,12 @@ def hang_line(ranks: Mapping[int, Known], *, now: float) -> tuple[int | None, st
     )
 
 
-def stragglers(work: Mapping[int, float]) -> dict[int, float]:
-    """Rank -> how many times the others' median its work is, for those beyond SLOW. work: seconds of a step."""
+def stragglers(work: Mapping[int, float], teams: Mapping[int, int]) -> dict[int, float]:
+    """Rank -> how many times the others' median its work is, for those beyond SLOW. work: seconds of a step. teams:
+    rank -> a number; the others are those of the same."""
     found = {}
     for rank, own in work.items():
-        others = sorted(seconds for other, seconds in work.items() if other != rank)
+        others = sorted(seconds for other, seconds in work.items() if other != rank and teams[other] == teams[rank])
         if not others:
             continue
         middle = len(others) // 2

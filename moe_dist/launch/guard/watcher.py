@@ -173,7 +173,7 @@ class Watcher:
 
     def _beat(self) -> None:
         place = self.position
-        position = [place.beats, place.step, place.timed, place.phase, place.work]
+        position = [place.beats, place.step, place.timed, place.phase, place.work, place.team]
         self._tell_hub("beat", position=position, state=state_and_status(self.pid)[0])
 
     def _tell_hub(self, kind: str, **values) -> None:
