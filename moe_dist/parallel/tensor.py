@@ -71,6 +71,7 @@ def _gathered(x: torch.Tensor, size: int, group: dist.ProcessGroup | None) -> to
     *outer, tokens, hidden = x.shape
     if x.is_meta:
         return x.new_empty(*outer, size * tokens, hidden)
+    assert group is not None, "a grid of numbers alone has nobody to exchange tokens with"
     parts = gather(x, group, what="tensor gather")  # [size,...,S,H]
     return parts.movedim(0, TOKENS - 1).reshape(*outer, size * tokens, hidden)
 
@@ -82,6 +83,7 @@ def _summed(x: torch.Tensor, size: int, group: dist.ProcessGroup | None) -> torc
     assert tokens % size == 0, f"{tokens} tokens over {size} ranks"
     if x.is_meta:
         return x.new_empty(*outer, tokens // size, hidden)
+    assert group is not None, "a grid of numbers alone has nobody to exchange tokens with"
     slices = x.reshape(*outer, size, tokens // size, hidden).movedim(TOKENS - 1, 0).contiguous()  # [size,...,S,H]
     parts = exchange(slices, [1] * size, [1] * size, group, what="tensor scatter")
     total = parts[0].to(torch.promote_types(x.dtype, torch.float32), copy=True)

@@ -7,8 +7,10 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from moe_dist.config.schema import LoraSection
 from moe_dist.errors import UserError
 from moe_dist.models import init_model, load_model
+from moe_dist.models.lora import inject_lora
 from moe_dist.models.recompute import enable_recompute
 from moe_dist.models.skeleton import build_skeleton, make_config
 from moe_dist.models.tensor import check_tensors, cut_tensors
@@ -223,3 +225,21 @@ def test_skeletons_need_no_groups():
 def test_refusals(family, tensor, changes, says):
     with pytest.raises(UserError, match=rf"parallel.tensor={tensor}.*{says}"):
         _skeleton(family, tensor, **changes)
+
+
+def test_lora_is_refused():
+    model = build_skeleton(make_config(dict(LLAMA), where="test"), torch.float32)
+    check_tensors(model, layout(2, tensor=2))
+    inject_lora(model, LoraSection(rank=2, alpha=4, targets=["q_proj"]))
+    with pytest.raises(UserError, match="LoRA, alone or mixed, is added to whole linear layers"):
+        check_tensors(model, layout(2, tensor=2))
+
+
+def test_a_family_s_plan_is_read_from_transformers():
+    """Every layer that the plan of Mixtral's class cuts is cut, and none else."""
+    model = _skeleton("mixtral", 2)
+    cut = {name for name, parameter in model.named_parameters() if shard_of(parameter) is not None}
+    attention = {f"model.layers.{i}.self_attn.{name}_proj.weight" for i in range(2) for name in "qkvo"}
+    assert cut == attention | {"model.embed_tokens.weight", "lm_head.weight"}
+    dims = {name: shard_of(parameter).dim for name, parameter in model.named_parameters() if name in cut}
+    assert {name for name, dim in dims.items() if dim == 1} == {name for name in cut if "o_proj" in name}
