@@ -162,7 +162,14 @@ def _dense_like_one_process(config):
         assert distance(parameter.grad, grad) <= TIGHT, name
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+        {"model_type": "nexus_qwen2", "num_experts": 3, "num_experts_per_tok": 2},  # whose shared expert was its MLP
+    ],
+)
 def test_a_dense_model(ranks, changes):
     ranks(2, _dense_like_one_process, LLAMA | changes)
 
