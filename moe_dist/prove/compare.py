@@ -12,7 +12,7 @@ from moe_dist.models.surgery import moe_layers
 from moe_dist.parallel.grid import Grid
 from moe_dist.prove import plain
 from moe_dist.prove.certificate import Check
-from moe_dist.prove.errors import Tallies, everyone, sum_of_indices
+from moe_dist.prove.errors import Tallies, everyone, sum_of_indices, worst_of_ranks
 from moe_dist.prove.plain import label
 from moe_dist.prove.problem import Problem
 from moe_dist.train.engine import Engine
@@ -100,8 +100,7 @@ def frozen(engine: Engine, buffers: dict[str, list], problem: Problem, grid: Gri
     for name, buffer in stored_buffers(engine.module):
         expected = torch.tensor(buffers[name], dtype=buffer.dtype)
         errors[name] = _bits(buffer, expected, buffer)
-    every = everyone(errors, grid)
-    merged = {key: max(own.get(key, 0.0) for own in every) for key in set().union(*every)}
+    merged = worst_of_ranks(errors, grid)
     unseen = [f"{problem.original(key)}: no rank has it frozen" for key in sorted(known - merged.keys())]
     return Check.of("frozen", {problem.original(key): error for key, error in merged.items()}, BITS, tuple(unseen))
 
@@ -131,9 +130,7 @@ def resumed(engine: Engine, kept: dict[tuple[str, str, int], torch.Tensor], prob
         kind, name, _ = key
         error = float("inf") if key not in found or key not in kept else _bits(found[key], kept[key].cpu(), found[key])
         errors[f"{kind} of {problem.original(name)}"] = max(error, errors.get(f"{kind} of {problem.original(name)}", 0))
-    every = everyone(errors, grid)
-    merged = {key: max(own.get(key, 0.0) for own in every) for key in set().union(*every)}
-    return Check.of("resume", merged, BITS)
+    return Check.of("resume", worst_of_ranks(errors, grid), BITS)
 
 
 def _state(engine: Engine):

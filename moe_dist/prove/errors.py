@@ -82,3 +82,9 @@ def everyone(value, grid: Grid) -> list:
     values: list = [None] * grid.world
     dist.all_gather_object(values, value)
     return values
+
+
+def worst_of_ranks(errors: dict[str, float], grid: Grid) -> dict[str, float]:
+    """Of each name the largest error that a rank has found. Collective."""
+    every = everyone(errors, grid)
+    return {key: max(own.get(key, 0.0) for own in every) for key in sorted(set().union(*every))}

@@ -51,7 +51,7 @@ def _experts(experts: nn.Module, config, x_TH: torch.Tensor, ids_TK: torch.Tenso
     for expert in range(config.num_experts):
         gate_TI, up_TI = (x_TH @ experts.gate_up_proj[expert].T).chunk(2, dim=1)
         y_TH = y_TH + share_TE[:, expert, None] * ((act(gate_TI) * up_TI) @ experts.down_proj[expert].T)
-    return y_TH
+    return y_TH.to(x_TH.dtype)
 
 
 def _route(router: nn.Module, config, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

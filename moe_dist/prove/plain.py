@@ -6,7 +6,6 @@ What it finds goes to files, tensor by tensor, of which each rank reads the part
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -67,7 +66,7 @@ class Plain:
         self._listen()
 
     def run(self) -> dict:
-        """Three steps. Returns the figures, as they are written, and leaves the tensors in the folder of the proof."""
+        """Three steps. Returns the figures, and leaves the tensors in the folder of the proof."""
         settings = self.settings.train
         save_file(self._frozen(), self.problem.work / FROZEN)
         groups = [
@@ -76,6 +75,7 @@ class Plain:
         ]
         optimizer = torch.optim.AdamW(groups, betas=tuple(settings.betas), eps=settings.eps)
         figures: dict = {"norms": [], "losses": [], "clip_norm": settings.clip_norm, "held_out": [self._held_out()]}
+        figures["buffers_at_start"] = {name: buffer.tolist() for name, buffer in self._biases()}
         for step, rate in enumerate(RATES):
             self.model.zero_grad()
             figures["losses"].append(self._backward(step))
@@ -100,7 +100,6 @@ class Plain:
         figures["held_out"].append(self._held_out())
         figures["reached"] = self.reached
         figures["buffers"] = {name: buffer.tolist() for name, buffer in self._biases()}
-        (self.problem.work / FIGURES).write_text(json.dumps(figures))
         return figures
 
     def first_gradients(self) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:

@@ -112,6 +112,7 @@ def _posed(
         rows=size * micro_batches * grid.data,
         length=length,
         packed=config.data.packing is True,
+        bf16=config.train.precision == "bf16",
         work=work,
         notes=(*notes, *more),
     )

@@ -31,7 +31,8 @@ class Problem:
 
     layers: how many the whole model has. rows: of a step over all data ranks, `micro_batches` times
     `config.train.micro_batch_size` for each. length: tokens of a row. packed: whether rows hold several documents.
-    work: the folder of the proof's files. notes: what is not as the user's config has it.
+    bf16: whether the run computes in it. work: the folder of the proof's files. notes: what is not as the user's config
+    has it.
     """
 
     config: RunConfig
@@ -44,6 +45,7 @@ class Problem:
     rows: int
     length: int
     packed: bool
+    bf16: bool
     work: Path
     notes: tuple[str, ...] = ()
 
@@ -111,8 +113,8 @@ def run_config(
     made.run.dir, made.model.path, made.model.config = str(work), str(model), None
     made.model.base_states = made.data.chat_template = None
     made.model.dtype = "float32"
-    if config.train.precision != "fp32" or config.model.dtype not in (None, "float32"):
-        notes.append("both sides compute in float32: what is proved is the layout, which is the same in bf16")
+    if config.train.precision == "bf16":
+        notes.append("both sides compute in float32, but for what is called bf16 below")
     made.train.precision = "fp32"
     if config.model.attention not in (None, *PACKED_ATTENTION):
         made.model.attention = None

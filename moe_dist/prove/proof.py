@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from copy import deepcopy
@@ -14,8 +15,9 @@ from moe_dist import __version__
 from moe_dist.config.schema import RunConfig
 from moe_dist.launch.guard import NO_GUARD, Guard
 from moe_dist.parallel.grid import Grid
+from moe_dist.prove.bf16 import distance
 from moe_dist.prove.certificate import Certificate
-from moe_dist.prove.plain import Plain
+from moe_dist.prove.plain import FIGURES, Plain
 from moe_dist.prove.pose import memory_of_plain, pose
 from moe_dist.prove.problem import Problem
 from moe_dist.prove.trial import judge
@@ -51,7 +53,10 @@ def prepare(config: RunConfig, out: Path, grid: Grid, *, layers: Sequence[int] |
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     problem, selection = pose(config, work, grid, layers=layers)
-    Plain(problem, selection, grid.device).run()
+    figures = Plain(problem, selection, grid.device).run()
+    if problem.bf16:
+        figures["bf16"] = distance(problem, selection, grid.device)
+    (work / FIGURES).write_text(json.dumps(figures))
     return problem
 
 

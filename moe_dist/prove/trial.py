@@ -11,6 +11,7 @@ from moe_dist import checkpoint
 from moe_dist.launch.guard import NO_GUARD, Guard
 from moe_dist.parallel.grid import Grid
 from moe_dist.prove import plain
+from moe_dist.prove.bf16 import in_bf16, judge_bf16
 from moe_dist.prove.certificate import Check
 from moe_dist.prove.compare import GRADIENTS, NORMS, OUTPUTS, WEIGHTS, by_step, fragments, frozen, kept_state, resumed
 from moe_dist.prove.errors import everyone
@@ -103,6 +104,9 @@ def judge(problem: Problem, grid: Grid, *, guard: Guard = NO_GUARD) -> Iterator[
         again.passes(LAST)
         again.update(LAST)
         yield resumed(again.engine, kept, problem, grid)
+    if problem.bf16:
+        with closing(Trial(in_bf16(problem), grid, **options)) as rounded:
+            yield from judge_bf16(rounded, expected)
 
 
 def _three_steps(trial: Trial, expected: dict) -> Iterator[Check]:

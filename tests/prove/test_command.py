@@ -41,6 +41,7 @@ def test_a_proof_on_two_ranks_that_it_starts_itself(config, tmp_path, capfd):
     written = certificate_in(tmp_path / "run-proof")
     assert written["holds"] is True
     names = ["logits", "chosen experts", "backward", "gradients", "loss", "clip norm", "weights", "frozen", "resume"]
+    names += ["bf16 statistics", "bf16 gradients, dense", "bf16 gradients, expert"]
     assert [check["name"] for check in written["checks"]] == names
     assert len(written["gradients"]) == len(written["weights"]) > 30
     assert not (tmp_path / "run").exists()
