@@ -104,7 +104,7 @@ def _train(config: RunConfig, ranks: Together, *, resume: str, overwrite: bool, 
     on_rank_zero(lambda: run_folder.write(config, overwrite=overwrite, world=grid.world))
     if grid.rank == 0:
         run_folder.cut_metrics(folder / run_folder.METRICS, step, ended=step >= last)
-    backends = choose_backends(config, model)
+    backends = choose_backends(config, model, grid)
     best.restore(best_before, folder / run_folder.CHECKPOINTS)
     log = MetricLog(config, active=grid.rank == 0, start_step=step, file=folder / run_folder.METRICS)
     table = {"zero_stage": parallel.zero_stage, "precision": settings.precision}

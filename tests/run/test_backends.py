@@ -107,6 +107,21 @@ def test_measured_once_and_taken_again(ranks, files, tmp_path, world):
     assert events(parted, "train") == events(whole, "train")
 
 
+def test_stages_measure_their_own_layers_and_know_all(ranks, tmp_path):
+    files = make_files(tmp_path, "deepseek_v2", num_hidden_layers=3)  # the first layer is dense: the first stage's
+    config = tree(files, tmp_path / "run", "measured", family="deepseek_v2", stop=2)
+    config["parallel"] = {"pipeline": 3}
+    first = ranks(3, run_noting, config, "loop", timeout=120)
+    assert [result[0] for result in first] == [0] * 3
+    assert [result[2] for result in first] == [0, 1, 1]
+    assert "experts' back end: loop (2 layers), measured in " in first[0][3]
+    assert record(tmp_path / "run")["layers"].keys() == {f"model.layers.{index}.mlp.experts" for index in (1, 2)}
+    config["train"] = {**config["train"], "stop_at": 3}
+    config["parallel"] = {}
+    (then,) = ranks(1, run_noting, config, "grouped", timeout=120)
+    assert then[:3] == (0, {"loop"}, 0)
+
+
 def test_what_does_not_fit_is_measured_again(ranks, files, tmp_path):
     ranks(1, run_noting, tree(files, tmp_path / "run", "measured", stop=1), "loop", timeout=120)
     results = ranks(1, run_noting, tree(files, tmp_path / "run", "measured", stop=2, micro_batch_size=1), "grouped")
