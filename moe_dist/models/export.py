@@ -1,7 +1,8 @@
 """Export: the model on all ranks becomes one plain Hugging Face folder, equal to the bit.
 
-Every expert is written once, by the rank that owns it; dense tensors by rank 0. Tensors go to disk one at a time. The
-folder is built under a temporary name and renamed when it is complete, so a folder under its final name is whole.
+Every expert is written once, by the rank that owns it; dense tensors by the first rank of the pipeline stage that has
+them, whole: what is cut over the tensor axis is put together, one tensor at a time. The folder is built under a
+temporary name and renamed when it is complete, so a folder under its final name is whole.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,9 +26,11 @@ from moe_dist.models.families import expert_counts, our_name
 from moe_dist.models.mixse.exporting import collect, write_experts
 from moe_dist.models.shards import SHARD_BYTES, Entry, ShardSet
 from moe_dist.models.skeleton import build_skeleton
-from moe_dist.models.surgery import moe_layers
+from moe_dist.models.surgery import moe_layers, swap
 from moe_dist.models.together import Together
+from moe_dist.parallel.collectives import gather
 from moe_dist.parallel.grid import Grid
+from moe_dist.parallel.shard import shard_of
 
 FullTensor = Callable[[nn.Parameter], torch.Tensor]
 
@@ -60,9 +64,10 @@ def export_model(
 
     folder: new, or an existing empty one, on a file system that all ranks see. Weights under their names on the hub,
     config, generation config, and the tokenizer: the one given, else the files beside the weights that were loaded.
-    full_tensor: parameter -> its whole tensor on this rank, for an engine that partitions parameters; all ranks call
-    it for the same parameters in the same order, one at a time. Biases and everything else keep their dtype.
-    grid: of a dense model, which has no layer of ours that knows it.
+    full_tensor: parameter -> its tensor on this rank (a part where the tensor axis cuts it), for an engine that
+    partitions parameters; the ranks of a stage call it for the same parameters in the same order, one at a time. Biases
+    and everything else keep their dtype.
+    grid: where there may be no layer of ours that knows it, in a dense model or in a pipeline stage.
     shard_bytes: weights beyond this size go to several files.
     Raises UserError on every rank where any rank fails to write; then nothing is left under `folder`.
     """
@@ -72,8 +77,9 @@ def export_model(
     grid = layers[0][1].grid if layers else grid
     folder = Path(folder)
     partial = folder.parent / f".{folder.name}.partial"
-    skeleton, plan = _plan(model)
-    shards = ShardSet(partial, _entries(model, skeleton, plan), shard_bytes=shard_bytes)
+    whole = model if grid.pipeline == 1 else _whole(model, grid)
+    skeleton, plan = _plan(model, whole)
+    shards = ShardSet(partial, _entries(whole, _dtypes(model, grid), skeleton, plan), shard_bytes=shard_bytes)
 
     together = Together(grid, "export")
     try:
@@ -92,14 +98,34 @@ def export_model(
     return folder
 
 
-def _plan(model: PreTrainedModel) -> tuple[PreTrainedModel, WritePlan]:
-    """The stock model that `model` stands for, without weights, and how its tensors go to disk."""
+def _whole(model: PreTrainedModel, grid: Grid) -> PreTrainedModel:
+    """The model with the layers of all stages, on the meta device."""
+    whole = build_skeleton(deepcopy(model.config), model.dtype, type(model))
+    whole.tie_weights(recompute_mapping=False)
+    swap(whole, grid, device="meta", dense=True)
+    return whole
+
+
+def _dtypes(model: PreTrainedModel, grid: Grid) -> dict[str, torch.dtype]:
+    """Of every tensor of all stages; an expert tensor is called by its layer, as in a checkpoint. Collective."""
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    for path, layer in moe_layers(model):
+        dtypes |= {f"{path}.{name}": parameter.dtype for name, parameter, _ in layer.expert_parameters()}
+    if grid.pipeline == 1:
+        return dtypes
+    stages: list[dict[str, torch.dtype]] = [{}] * grid.world
+    dist.all_gather_object(stages, dtypes)
+    return {name: dtype for stage in stages for name, dtype in stage.items()}
+
+
+def _plan(model: PreTrainedModel, whole: PreTrainedModel) -> tuple[PreTrainedModel, WritePlan]:
+    """The stock model that `whole` stands for, without weights, and how its tensors go to disk."""
     skeleton = build_skeleton(deepcopy(model.config), model.dtype, type(model))
-    descriptions = [layer.origin for _, layer in moe_layers(model)]
-    ours = model.state_dict(keep_vars=True)
+    descriptions = [layer.origin for _, layer in moe_layers(whole)]
+    ours = whole.state_dict(keep_vars=True)
     counts = expert_counts(descriptions)
     names, seen = [], {}
-    tied = model.all_tied_weights_keys
+    tied = whole.all_tied_weights_keys
     ignored = set(model._keys_to_ignore_on_save or ())
     # Of several names of one tensor, the one that the others are tied to is kept.
     for name in sorted(skeleton.state_dict().keys() - ignored, key=lambda name: (name in tied, name)):
@@ -110,43 +136,51 @@ def _plan(model: PreTrainedModel) -> tuple[PreTrainedModel, WritePlan]:
     return skeleton, plan_writing(skeleton, names, counts, transforms)
 
 
-def _entries(model: PreTrainedModel, skeleton: PreTrainedModel, plan: WritePlan) -> dict[str, Entry]:
+def _entries(
+    whole: PreTrainedModel, dtypes: dict[str, torch.dtype], skeleton: PreTrainedModel, plan: WritePlan
+) -> dict[str, Entry]:
     """Every tensor on disk, in order: the dense ones, then layer by layer the experts."""
-    layers = moe_layers(model)
+    layers = moe_layers(whole)
     descriptions = [layer.origin for _, layer in layers]
-    ours = model.state_dict(keep_vars=True)
     shapes = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
     entries = {}
     for group in plan.dense:
         metas = {
-            name: torch.empty(shapes[name], dtype=ours[our_name(name, descriptions)].dtype, device="meta")
+            name: torch.empty(shapes[name], dtype=dtypes[our_name(name, descriptions)], device="meta")
             for name in group.names()
         }
         for key, tensor in plan.convert(group, metas, skeleton).items():
             entries[key] = Entry(tuple(tensor.shape), tensor.dtype)
-    for _, layer in layers:
-        for parameter_name, parameter, _ in layer.expert_parameters():
+    for path, layer in layers:
+        for parameter_name, _, _ in layer.expert_parameters():
             layout = plan.experts[layer.origin.stock_name(parameter_name)]
             for key, shape in layout.disk_shapes(layer.origin.stock_shape(parameter_name)).items():
-                entries[key] = Entry(shape, parameter.dtype)
+                entries[key] = Entry(shape, dtypes[f"{path}.{parameter_name}"])
     return entries
 
 
 def _pieces(
     model: PreTrainedModel, skeleton: PreTrainedModel, plan: WritePlan, grid: Grid, full_tensor: FullTensor
 ) -> Iterator[list[tuple[str, torch.Tensor, int | None]]]:
-    """(key, tensor, row) of what this rank writes, one source tensor at a time; all ranks step together."""
+    """(key, tensor, row) of what this rank writes, one source tensor at a time; all ranks of a stage step together."""
     layers = moe_layers(model)
     descriptions = [layer.origin for _, layer in layers]
     ours = model.state_dict(keep_vars=True)
 
     def whole(tensor: torch.Tensor) -> torch.Tensor:
-        made = full_tensor(tensor) if isinstance(tensor, nn.Parameter) else tensor
-        return made.detach()
+        made = (full_tensor(tensor) if isinstance(tensor, nn.Parameter) else tensor).detach()
+        shard = shard_of(tensor)
+        if shard is None:
+            return made
+        parts = gather(made, grid.tensor_group, what="export")
+        return torch.cat(parts.unbind(), dim=shard.dim)
 
     for group in plan.dense:
-        tensors = {name: whole(ours[our_name(name, descriptions)]) for name in group.names()}
-        if grid.rank == 0:
+        names = {name: our_name(name, descriptions) for name in group.names()}
+        if not set(names.values()) <= ours.keys():
+            continue  # another stage's
+        tensors = {name: whole(ours[ours_name]) for name, ours_name in names.items()}
+        if grid.stage_rank == 0:
             yield [(key, tensor, None) for key, tensor in plan.convert(group, tensors, skeleton).items()]
     for _, layer in layers:
         origin = layer.origin

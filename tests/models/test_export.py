@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import pytest
@@ -54,6 +55,32 @@ def test_ranks_write_the_very_same_files(ranks, tiny, tmp_path, family, expert):
     ranks(2, _export_from_ranks, folder, tmp_path / "together", expert)
     names = sorted(file.name for file in alone.iterdir())
     assert len([name for name in names if name.endswith(".safetensors")]) > 3
+    assert names == sorted(file.name for file in (tmp_path / "together").iterdir())
+    for name in names:
+        assert (alone / name).read_bytes() == (tmp_path / "together" / name).read_bytes(), name
+
+
+def _export_from_axes(folder, out, sizes):
+    grid = build_grid(**sizes)
+    export_model(load_model(folder, grid), out, grid=grid, shard_bytes=20_000)
+
+
+AXES = [
+    ("mixtral", {"tensor": 2}, {"num_local_experts": 6}),
+    ("qwen3_moe", {"pipeline": 2}, {"tie_word_embeddings": True}),
+    ("deepseek_v3", {"pipeline": 2, "tensor": 2, "expert": 2}, {}),
+    ("qwen2_moe", {"tensor": 2, "expert": 4, "sequence": 2}, {"tie_word_embeddings": True}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("family", "sizes", "changes"), AXES, ids=[family for family, *_ in AXES])
+def test_stages_and_parts_write_the_very_same_files(ranks, tiny, tmp_path, family, sizes, changes, dtype):
+    folder = tiny(family, dtype=dtype, **changes)
+    alone = export_model(load_model(folder), tmp_path / "alone", shard_bytes=20_000)
+    world = 2 if math.prod(sizes.values()) == 2 else 4
+    ranks(world, _export_from_axes, folder, tmp_path / "together", sizes)
+    names = sorted(file.name for file in alone.iterdir())
     assert names == sorted(file.name for file in (tmp_path / "together").iterdir())
     for name in names:
         assert (alone / name).read_bytes() == (tmp_path / "together" / name).read_bytes(), name
