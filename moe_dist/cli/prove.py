@@ -11,8 +11,8 @@ is frozen has not changed by a bit; and that a step after a checkpoint is, to th
   2  the config or the model cannot be run at all
 
 Both sides compute in float32, also where the config says bf16: rounding would hide what is looked for. What is allowed
-are relative errors of 2e-6 (weights: 1e-5). A run in bf16 is then tried in bf16 as well: its gradients may be as far
-from those in float32 as those of plain transformers in bf16 are, four times. `certificate.json` has every figure.
+are relative errors of 2e-6 (weights: 1e-5). A run in bf16 is then tried in bf16 as well, as far as rounding lets one
+see: no gradient is doubled, averaged or left unsummed. `certificate.json` has every figure.
 
 Without a launcher the ranks are processes of this machine's CPU, as many as the config needs or --ranks says; so the
 layout of 64 GPUs can be proved on none, if the memory suffices. Under a launcher its ranks are taken.

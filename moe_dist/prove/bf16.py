@@ -2,8 +2,8 @@
 float32 does.
 
 Rounding to bf16 moves single tensors by percents, and a token that is near the edge goes to another expert. So whole
-families of gradients are compared: plain transformers in bf16 is some distance from itself in float32, and so far, with
-some room, may the layout in bf16 be. A gradient that is doubled, averaged or not summed is much further away.
+families of gradients are compared. A gradient that is doubled, averaged or not summed over ranks is at least half of
+itself away; what is allowed is half of that, or more where plain transformers in bf16 is itself that far away.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from moe_dist.train.trainable import Selection
 
 FAMILIES = ("dense", "expert")
 LOGITS = 1e-5  # of a router's logits in float32, from the very same inputs
-PRECISION = 2**-8  # of bf16
+FAR = 0.25  # a relative error of gradients that rounding and a few tokens at other experts do not make
 
 
 def family(key: str) -> str:
@@ -75,7 +75,7 @@ def judge_bf16(trial, expected: dict) -> Iterator[Check]:
             key = label((fragment.name, fragment.expert))
             tallies.add(family(key), fragment.tensor, fragment.range.of(reference.get_tensor(key)))
     for name, tally in tallies.over_ranks(grid).items():
-        allowed = EASE * max(expected["bf16"][name], PRECISION)
+        allowed = max(FAR, EASE * expected["bf16"][name])
         yield Check.of(f"bf16 gradients, {name}", {"all of them together": tally.error}, allowed)
 
 

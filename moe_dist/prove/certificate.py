@@ -70,15 +70,16 @@ class Check:
 
 @dataclass
 class Certificate:
-    """facts: what was run, by name. notes: what is not as in the config."""
+    """facts: what was run, by name. notes: what is not as in the config. complete: whether all checks were made."""
 
     facts: dict[str, object]
     notes: list[str] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
+    complete: bool = False
 
     @property
     def holds(self) -> bool:
-        return bool(self.checks) and all(check.holds for check in self.checks)
+        return self.complete and all(check.holds for check in self.checks)
 
     def text(self) -> str:
         width = max(map(len, [*self.facts, *(check.name for check in self.checks)]))
@@ -102,7 +103,9 @@ class Certificate:
         """One line: that all holds, or what is off first, and where."""
         if self.holds:
             return "PROVED: this layout trains as one plain process does"
-        first = next(check for check in self.checks if not check.holds)
+        first = next((check for check in self.checks if not check.holds), None)
+        if first is None:
+            return f"NOT PROVED: it ended after {len(self.checks)} checks, which hold"
         where = first.where if not first.faults else first.faults[0]
         return f"NOT PROVED: {first.name} off, worst at {where}"
 

@@ -21,6 +21,7 @@ from moe_dist.prove.plain import FIGURES, Plain
 from moe_dist.prove.pose import memory_of_plain, pose
 from moe_dist.prove.problem import Problem
 from moe_dist.prove.trial import judge
+from moe_dist.train.build import plan_model
 from moe_dist.train.ranks import ranks_together
 from moe_dist.train.start import on_rank_zero
 from moe_dist.train.table import human_bytes
@@ -38,12 +39,16 @@ def prove(config: RunConfig, out: Path, *, layers: Sequence[int] | None = None, 
         grid, guard = ranks.grid, ranks.guard
         guard.beat("loading the model")
         problem = on_rank_zero(lambda: prepare(config, out, grid, layers=layers))
-        certificate = certify(problem, grid, guard=guard)
+        ranks.check_room(problem.config, plan_model(problem.config, grid))
+        certificate = Certificate(facts_of(problem, grid), list(problem.notes))
+        try:
+            certify(certificate, problem, grid, guard=guard)
+        finally:  # what was off before something broke may be why it did
+            if grid.rank == 0:
+                certificate.write(out)
         guard.beat("the end")
-        if grid.rank == 0:
-            certificate.write(out)
-            if not keep:
-                shutil.rmtree(problem.work)
+        if grid.rank == 0 and not keep:
+            shutil.rmtree(problem.work)
     return certificate
 
 
@@ -60,15 +65,14 @@ def prepare(config: RunConfig, out: Path, grid: Grid, *, layers: Sequence[int] |
     return problem
 
 
-def certify(problem: Problem, grid: Grid, *, guard: Guard = NO_GUARD) -> Certificate:
-    """Run the trial of a prepared problem and gather its checks. Collective."""
-    certificate = Certificate(_facts(problem, grid), list(problem.notes))
+def certify(certificate: Certificate, problem: Problem, grid: Grid, *, guard: Guard = NO_GUARD) -> None:
+    """Run the trial of a prepared problem and add its checks. Collective."""
     for check in judge(problem, grid, guard=guard):
         certificate.checks.append(check)
-    return certificate
+    certificate.complete = True
 
 
-def _facts(problem: Problem, grid: Grid) -> dict[str, object]:
+def facts_of(problem: Problem, grid: Grid) -> dict[str, object]:
     """What is run, for the head of the certificate."""
     config = problem.config
     parallel, moe, train = config.parallel, config.moe, config.train

@@ -115,6 +115,7 @@ def _three_steps(trial: Trial, expected: dict) -> Iterator[Check]:
     with Outputs(engine.module, problem, grid) as outputs:
         losses.append(trial.passes(0))
     yield from outputs.compare(expected["reached"])
+    trial.guard.beat("loading the model")  # the plain process may be asked once more
     gradients = {"file": plain.GRADIENTS, "tolerance": GRADIENTS, "rounding": trial.rounding}
     yield fragments("gradients", engine.gradients(), problem, grid, **gradients)
     norms.append(trial.update(0))

@@ -33,7 +33,9 @@ def grid_of(problem: Problem):
 
 def certificate_of(problem: Problem) -> Certificate:
     """On each rank."""
-    return certify(problem, grid_of(problem))
+    certificate, grid = Certificate({}), grid_of(problem)
+    certify(certificate, problem, grid)
+    return certificate
 
 
 def first_off(problem: Problem) -> Check | None:

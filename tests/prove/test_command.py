@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from unittest import mock
 
 import pytest
 import yaml
 
 from moe_dist.cli.main import main
 from moe_dist.errors import EXIT_OK, EXIT_USER
+from moe_dist.train import state
 from tests.models.tiny import CONFIGS
 from tests.mutants.faults import FAULTS
 
@@ -59,6 +61,15 @@ def test_what_is_off_is_named_with_its_layer(config, tmp_path, capsys):
     assert written["holds"] is False
     assert next(check["name"] for check in written["checks"] if not check["holds"]) == "gradients"
     assert (tmp_path / "proof" / "work" / "model" / "config.json").is_file()
+
+
+def test_what_broke_off_is_not_proved(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(state, "save", mock.Mock(side_effect=RuntimeError("no disk")))
+    with pytest.raises(RuntimeError, match="no disk"):
+        main(["prove", str(config), "--out", str(tmp_path / "proof")])
+    written = certificate_in(tmp_path / "proof")
+    assert written["holds"] is False
+    assert written["verdict"] == "NOT PROVED: it ended after 4 checks, which hold"
 
 
 @pytest.mark.parametrize(

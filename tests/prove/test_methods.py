@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from tests.methods.nexus.tiny import ROUTERS, nexus_folder
 from tests.models.tiny import make_folder
 from tests.mutants import test_esft as esft
 from tests.mutants import test_nexus as nexus
-from tests.mutants.fault import BASE
+from tests.mutants.fault import BASE, Fault
 from tests.mutants.planting import Planting
 from tests.prove.cases import certificate_of, config_of, first_off, prepared
 
@@ -32,7 +33,18 @@ NOTICED = {
     ("paper", "centre moves with a new expert"): "logits",
     ("bf16", "router in bf16"): "bf16 router",
     ("bf16", "statistics rounded"): "bf16 statistics",
+    ("bf16", "halved"): "bf16 gradients, dense",
 }
+
+
+def halved_in_bf16(original):
+    def backward(self, loss, *, last):
+        original(self, loss / 2 if self.module.dtype == torch.bfloat16 else loss, last=last)
+
+    return backward
+
+
+HALVED = Fault("moe_dist.train.deepspeed_seam:DeepSpeedBackend.backward", halved_in_bf16)
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +78,8 @@ def test_no_alarm_without_a_fault(ranks, problems, kind):
 
 @pytest.mark.parametrize(("kind", "name"), NOTICED)
 def test_the_fault_is_noticed(ranks, problems, kind, name):
-    cases = esft.CASES if kind == "esft" else nexus.CASES
-    planted = Planting(ranks, cases[name].fault)
+    faults = {case: found.fault for case, found in (esft.CASES | nexus.CASES).items()} | {"halved": HALVED}
+    planted = Planting(ranks, faults[name])
     for check in planted(2 if kind == "esft" else 1, first_off, problems(kind), timeout=60):
         assert check is not None
         assert check.name == NOTICED[kind, name]
