@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,6 @@ class BackgroundSave:
 
 def _on_host(fragments: Mapping[str, Sequence[Fragment]]) -> dict[str, list[Fragment]]:
     return {
-        kind: [
-            Fragment(piece.name, piece.expert, piece.offset, piece.tensor.detach().to("cpu", copy=True))
-            for piece in pieces
-        ]
+        kind: [replace(piece, tensor=piece.tensor.detach().to("cpu", copy=True)) for piece in pieces]
         for kind, pieces in fragments.items()
     }

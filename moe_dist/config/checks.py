@@ -233,6 +233,9 @@ def _parallel(config: RunConfig) -> None:
             f"parallel.spare_experts={parallel.spare_experts}: only with parallel.placement=balanced; set that, or "
             "leave it at 0"
         )
+    # ZeRO 3 gathers a module's parameters when the block calls it, which is not where it would run then.
+    if config.moe.overlap and parallel.zero_stage == 3:
+        raise UserError("moe.overlap=true needs parallel.zero_stage 0, 1 or 2; leave it out, or set it to false")
 
 
 def _trainable(config: RunConfig) -> None:

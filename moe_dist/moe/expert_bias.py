@@ -22,6 +22,14 @@ from moe_dist.parallel.collectives import sum_over
 from moe_dist.parallel.grid import Grid
 
 
+def biased(sites: list[RouterSite]) -> list[RouterSite]:
+    """Those whose router has a balancing bias; UserError where none has."""
+    found = [site for site in sites if site.bias_name is not None]
+    if not found:
+        raise UserError("moe.expert_bias_rate: the routers of this model have no balancing bias; set it to 0")
+    return found
+
+
 class ExpertBias:
     """Counts the load of each layer while the model trains, and updates the routers' biases.
 
@@ -32,10 +40,7 @@ class ExpertBias:
     """
 
     def __init__(self, sites: list[RouterSite], *, rate: float, grid: Grid):
-        biased = [site for site in sites if site.bias_name is not None]
-        if not biased:
-            raise UserError("moe.expert_bias_rate: the routers of this model have no balancing bias; set it to 0")
-        self.sites = [site for site in biased if site.trains]
+        self.sites = [site for site in biased(sites) if site.trains]
         self.rate, self.grid = rate, grid
         self.discard()
         for index, site in enumerate(self.sites):

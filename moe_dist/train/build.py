@@ -23,7 +23,6 @@ from moe_dist.models.mixse.spec import read_spec
 from moe_dist.models.nexus.configuration_nexus import CONFIGS as DENSE_FAMILIES
 from moe_dist.models.recompute import enable_recompute
 from moe_dist.models.skeleton import build_skeleton, make_config, read_config
-from moe_dist.models.stages import stage_layers
 from moe_dist.models.surgery import Seating, moe_layers, swap
 from moe_dist.moe.placement import balance, from_lists
 from moe_dist.parallel.grid import Grid
@@ -92,7 +91,6 @@ def plan_model(config: RunConfig, grid: Grid) -> ModelPlan:
     if grid.pipeline > 1:
         local = build(**where)[0]
         cut(local, grid)
-        _check_that_stages_train(skeleton, selection, grid)
     return ModelPlan(skeleton, local, all_stages, selection, placement, folder)
 
 
@@ -128,29 +126,8 @@ def build_model(config: RunConfig, plan: ModelPlan, grid: Grid) -> nn.Module:
     return model.train()
 
 
-def _check_that_stages_train(skeleton: nn.Module, selection: Selection, grid: Grid) -> None:
-    """UserError where a pipeline stage has nothing to train: each has an optimizer of its own."""
-    trained = {layer_index(path) for path, ids in selection.experts.items() if ids}
-    trained |= {layer_index(name) for name in selection.names} - {None}
-    embedding = skeleton.get_input_embeddings().weight
-    ends = [skeleton.get_parameter(name) for name in selection.names if layer_index(name) is None]
-    for stage, layers in enumerate(stage_layers(skeleton, grid.pipeline)):
-        first = stage == 0 and any(parameter is embedding for parameter in ends)
-        head = any(parameter is not embedding or skeleton.all_tied_weights_keys for parameter in ends)
-        if not (trained & set(layers) or first or (stage == grid.pipeline - 1 and head)):
-            raise UserError(
-                f"parallel.pipeline={grid.pipeline}: nothing trains in stage {stage} (layers {layers.start} to "
-                f"{layers.stop - 1}), and each stage needs something to; take fewer stages, or train more"
-            )
-
-
 def _overlaps(config: RunConfig, grid: Grid) -> bool:
-    """Whether shared experts compute while tokens travel.
-
-    ZeRO 3 gathers a module's parameters when the block calls it, which is not where it would run then.
-    """
-    if config.moe.overlap and config.parallel.zero_stage == 3:
-        raise UserError("moe.overlap=true needs parallel.zero_stage 0, 1 or 2; leave it out, or set it to false")
+    """Whether shared experts compute while tokens travel; never with ZeRO 3 (see `config.checks`)."""
     if config.moe.overlap is None:
         return grid.device.type == "cuda" and grid.expert > 1 and config.parallel.zero_stage < 3
     return config.moe.overlap

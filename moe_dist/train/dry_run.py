@@ -6,7 +6,9 @@ from moe_dist.config.checks import accumulation, axes_of, is_local
 from moe_dist.config.schema import RunConfig
 from moe_dist.models.stages import stage_layers
 from moe_dist.parallel.grid import Grid, layout
+from moe_dist.train.backends import check_backend
 from moe_dist.train.build import ModelPlan, plan_model
+from moe_dist.train.routing import check_routing
 from moe_dist.train.table import Row, human_bytes, optimizer_bytes, render, rows, shared
 
 
@@ -22,6 +24,8 @@ def describe(config: RunConfig, world_size: int) -> str:
         lines.append(f"model {config.model.path} is on the hub: its layers and memory are known once it is downloaded")
         return "\n\n".join(lines)
     plan = plan_model(config, grid)
+    check_backend(config, plan.skeleton)
+    check_routing(config.moe, plan.skeleton)
     if grid.pipeline > 1:
         cuts = stage_layers(plan.skeleton, grid.pipeline)
         listed = " | ".join(f"{layers.start}-{layers.stop - 1}" for layers in cuts)

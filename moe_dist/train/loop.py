@@ -26,7 +26,7 @@ from moe_dist.train.passes import run_forwards, run_passes
 from moe_dist.train.proof import ChangeProof
 from moe_dist.train.ranks import Together, ranks_together
 from moe_dist.train.replicas import check_replicas
-from moe_dist.train.routing import Routing
+from moe_dist.train.routing import Routing, check_routing
 from moe_dist.train.saving import Saver
 from moe_dist.train.schedule import learning_rate
 from moe_dist.train.skipped import suspects
@@ -60,6 +60,7 @@ def _train(config: RunConfig, ranks: Together, *, resume: str, overwrite: bool, 
     root = on_rank_zero(lambda: run_folder.check(config, resume=resume, overwrite=overwrite, may_differ=may_differ))
     plan = plan_model(config, grid)
     check_backend(config, plan.skeleton)
+    check_routing(config.moe, plan.skeleton)
     ranks.check_room(config, plan)
     guard.beat("building data")
     data = build_data(config.data, load_tokenizer(config, plan), seed=config.run.seed)

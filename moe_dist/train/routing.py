@@ -12,12 +12,24 @@ from moe_dist.config.schema import MoeSection
 from moe_dist.models.routers import router_sites
 from moe_dist.models.surgery import moe_layers
 from moe_dist.moe.balance import HfParts
-from moe_dist.moe.expert_bias import ExpertBias
+from moe_dist.moe.expert_bias import ExpertBias, biased
 from moe_dist.moe.router_tap import RouterLosses, RouterTap, double_balance_warning
 from moe_dist.moe.statistics import LoadStatistics, rank_load_max, summarise
 from moe_dist.parallel.grid import Grid
 from moe_dist.train.rows import Rows
 from moe_dist.train.trainable import layer_index
+
+
+def check_routing(settings: MoeSection, model: nn.Module) -> None:
+    """Raise UserError where the model, which may be on the meta device, lacks what a loss or the expert bias needs."""
+    if _loss_on(settings) or settings.z_loss_coef or settings.expert_bias_rate:
+        sites = router_sites(model)
+        if settings.expert_bias_rate:
+            biased(sites)
+
+
+def _loss_on(settings: MoeSection) -> bool:
+    return settings.balance_loss != "none" and settings.balance_coef > 0
 
 
 class Routing:
@@ -29,8 +41,7 @@ class Routing:
     def __init__(self, model: nn.Module, settings: MoeSection, grid: Grid):
         self.settings, self.grid = settings, grid
         self.layers = moe_layers(model)
-        loss_on = settings.balance_loss != "none" and settings.balance_coef > 0
-        rate = settings.expert_bias_rate
+        loss_on, rate = _loss_on(settings), settings.expert_bias_rate
         experts = of_all_stages({name: layer.spec.num_experts for name, layer in self.layers}, grid)
         sites = []
         if (loss_on or settings.z_loss_coef or rate) and (self.layers or not experts):
