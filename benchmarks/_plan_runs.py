@@ -22,7 +22,7 @@ from moe_dist.train.passes import run_passes
 from moe_dist.train.routing import Routing
 
 STEPS = 3  # the optimizer's state is there after the first, ZeRO 3 knows the order of the modules after the second
-LEAST = 4096  # bytes: what is smaller are flags and norms
+LEAST = 128  # bytes: what is smaller are flags and norms
 
 MODELS = {
     "mixtral": {
@@ -70,6 +70,7 @@ def config(
     recompute: bool = False,
     micro_batches: int = 2,
     length: int = 256,
+    dispatcher: str = "auto",
     **parallel,
 ) -> RunConfig:
     """A run of `world` ranks on a model of some megabytes; `parallel`: keys of that section."""
@@ -81,6 +82,7 @@ def config(
             "run": {"dir": "unused"},
             "model": {"config": dict(MODELS[family])},
             "data": {"train": ["unused.jsonl"], "seq_len": length},
+            "moe": {"dispatcher": dispatcher},
             "parallel": {"reduce_bucket_size": 200_000, "world_size": world, **parallel},
             "train": {
                 "precision": precision,
@@ -150,19 +152,21 @@ def _batch(settings: RunConfig, grid: Grid, number: int) -> dict[str, torch.Tens
     }
 
 
+# Operators of torch.distributed: what they are called here, and which argument is the payload.
+KINDS = {
+    "allreduce_": ("all_reduce", 0),
+    "_allgather_base_": ("all_gather", 0),
+    "allgather_": ("all_gather", 0),
+    "allgather_into_tensor_coalesced_": ("all_gather", 0),
+    "_reduce_scatter_base_": ("reduce_scatter", 1),
+    "reduce_scatter_": ("reduce_scatter", 1),
+    "broadcast_": ("broadcast", 0),
+    "reduce_": ("reduce", 0),
+}
+
+
 class Collectives(TorchDispatchMode):
     """Payloads in bytes by (kind, size of the group), whoever calls: what all have in the end or give at the start."""
-
-    KINDS = {
-        "allreduce_": ("all_reduce", 0),
-        "_allgather_base_": ("all_gather", 0),
-        "allgather_": ("all_gather", 0),
-        "allgather_into_tensor_coalesced_": ("all_gather", 0),
-        "_reduce_scatter_base_": ("reduce_scatter", 1),
-        "reduce_scatter_": ("reduce_scatter", 1),
-        "broadcast_": ("broadcast", 0),
-        "reduce_": ("reduce", 0),
-    }
 
     def __init__(self):
         super().__init__()
@@ -170,7 +174,7 @@ class Collectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":
-            kind, place = self.KINDS.get(func._schema.name.split("::")[1], (None, 0))
+            kind, place = KINDS.get(func._schema.name.split("::")[1], (None, 0))
             if kind is not None:
                 size = sum(tensor.nbytes for tensor in _tensors(args[place]))
                 group = next(dist.ProcessGroup.unbox(arg) for arg in args if _is_group(arg))

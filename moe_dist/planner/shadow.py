@@ -255,11 +255,13 @@ class _Attention(torch.autograd.Function):
 
 
 class Loss(torch.autograd.Function):
-    """`train.losses.target_loss_sum`: kept are the logits and a number a row; the gradient is as large as they are."""
+    """`train.losses.target_loss_sum`: kept are the logits and a number a row; the gradient is as large as they are.
+    Ranks that hold parts of the vocabulary send each other two numbers a row."""
 
     @staticmethod
-    def forward(ctx, logits_NV):
+    def forward(ctx, logits_NV, parts, note):
         count = len(logits_NV)
+        note("tensor", (parts - 1) * 2 * count * torch.float32.itemsize)
         ctx.save_for_backward(logits_NV, logits_NV.new_empty(count, dtype=torch.float32))
         _loss_block(logits_NV)
         return logits_NV.new_empty((), dtype=torch.float32)
@@ -269,11 +271,11 @@ class Loss(torch.autograd.Function):
         logits_NV, _ = ctx.saved_tensors
         grad_NV = torch.empty_like(logits_NV)
         _loss_block(logits_NV)
-        return grad_NV
+        return grad_NV, None, None
 
 
 def _loss_block(logits_NV: torch.Tensor) -> None:
-    """Logits in float32 are made a block at a time, twice: as read, and what is computed of them."""
+    """A block of logits at a time is turned into float32, where it is not, and something computed of that."""
     rows = min(max(losses._BLOCK // logits_NV.shape[1], 1), len(logits_NV))
-    wide = logits_NV.new_empty(rows, logits_NV.shape[1], dtype=torch.float32)
+    wide = logits_NV[:rows].float()
     torch.empty_like(wide)

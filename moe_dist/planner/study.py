@@ -22,9 +22,9 @@ from moe_dist.moe.traffic_model import Group, expected_flows, step_bytes
 from moe_dist.parallel.grid import Grid, layout
 from moe_dist.planner.inventory import HEAD, Inventory, Totals, inventory, totals
 from moe_dist.planner.shadow import Leg, Rows
-from moe_dist.planner.timeline import Course, Peak, peak
+from moe_dist.planner.timeline import Course, Gathered, Peak, peak
 from moe_dist.planner.trace import Trace, decoder_layers, follow
-from moe_dist.planner.wire import Wire, data_collectives
+from moe_dist.planner.wire import Collective, Wire, data_collectives
 from moe_dist.planner.zero import Settings
 from moe_dist.train.build import plan_model
 from moe_dist.train.engine import DTYPES, cast_parameters
@@ -229,22 +229,25 @@ class Study:
         plan = Layout(0, pipeline, sequence, tensor, expert)
         return totals(weight for part in self.weights(plan, stage).values() for weight in part)
 
+    def _stage(self, plan: Layout, stage: int) -> tuple[Course, Inventory]:
+        """The parts of a stage, each layer by the name of its kind, and the weights by the same names."""
+        layers = self.stages(plan.pipeline)[stage]
+        course = Course([self.kind_of[index] for index in layers], stage == 0, stage == plan.pipeline - 1)
+        return course, self._inventory(plan.tensor, plan.sequence, plan.expert)
+
     def memory(self, plan: Layout) -> Peak:
         """The largest peak over the stages."""
         trace = self.trace(plan.tensor, plan.sequence, plan.expert, plan.micro_batch, plan.recompute, plan.node_size)
         found = []
-        for stage, layers in enumerate(self.stages(plan.pipeline)):
-            weights = self.weights(plan, stage)
-            # A layer's place in the trace is its kind's, its weights' its own.
-            course = Course([self.kind_of[index] for index in layers], stage == 0, stage == plan.pipeline - 1)
-            by_kind = {**weights, **{self.kind_of[index]: weights[index] for index in layers}}
+        for stage in range(plan.pipeline):
+            course, weights = self._stage(plan, stage)
             # 1F1B; with fewer micro-batches than stages all forwards come first (train/pipeline.py).
             flight = plan.pipeline - stage if plan.micro_batches >= plan.pipeline else plan.micro_batches
             found.append(
                 peak(
                     trace,
                     course,
-                    by_kind,
+                    weights,
                     self.settings(plan, stage),
                     micro_batches=plan.micro_batches,
                     in_flight=flight,
@@ -283,9 +286,8 @@ class Study:
         hidden = self._hidden * plan.micro_batch * self.config.data.seq_len // grid.slices * (2 if self.bf16 else 4)
         neighbours = (stage > 0) + (stage < plan.pipeline - 1)
         settings = self.settings(plan, stage)
-        collectives = data_collectives(settings, micro_batches=times)
         data: dict[str, float] = {}
-        for one in collectives:
+        for one in self.collectives(plan, stage):
             data[one.family] = data.get(one.family, 0.0) + one.sent(settings.replicas[one.family])
         return Wire(
             experts_inside=inside,
@@ -295,6 +297,12 @@ class Study:
             pipeline=times * neighbours * hidden,
             data=data,
         )
+
+    def collectives(self, plan: Layout, stage: int) -> list[Collective]:
+        """What the engine of a rank of that stage sums and gathers in a step."""
+        settings = self.settings(plan, stage)
+        gathered = Gathered(*self._stage(plan, stage), settings)
+        return data_collectives(settings, gathered, micro_batches=plan.micro_batches)
 
     @cached_property
     def _hidden(self) -> int:

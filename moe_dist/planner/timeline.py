@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,18 +51,18 @@ def peak(
     """Follow a step's micro-batches. in_flight: of how many a pipeline stage keeps activations at once (1F1B)."""
     follow = _Follow(settings)
     forward, backward = _segments(trace, course)
-    gathered = _gathered(course, weights, settings)
+    gathered = Gathered(course, weights, settings)
     # From the second micro-batch to the last one nothing changes but how many are still to come.
     steps = sorted({0, min(1, micro_batches - 1), micro_batches - 1})
     for index in steps:
         kept = follow.kept
         # The others in flight: their forwards have run, and their backwards have not.
-        follow.kept += (min(in_flight, micro_batches - index) - 1) * sum(_end(segment) for _, segment in forward)
-        for name, segment in forward:
-            follow.run(segment, gathered.at(name, backward=False), f"forward, {name}")
+        follow.kept += (min(in_flight, micro_batches - index) - 1) * sum(_end(segment) for *_, segment in forward)
+        for name, place, segment in forward:
+            follow.run(segment, gathered.at(place, backward=False), f"forward, {name}")
         follow.gradients.begin()
-        for name, segment in backward:
-            follow.run(segment, gathered.at(name, backward=True), f"backward, {name}")
+        for name, place, segment in backward:
+            follow.run(segment, gathered.at(place, backward=True), f"backward, {name}")
         follow.kept = kept
         needed = follow.gradients.end(last=index == micro_batches - 1)
         follow.see(needed, gathered.standing, "reduction")
@@ -70,19 +71,20 @@ def peak(
 
 
 def _segments(trace: Trace, course: Course) -> tuple[list, list]:
-    forward: list[tuple[str, Segment]] = [(EMBEDDING, trace.forward.get(EMBEDDING, EMPTY))] if course.first else []
-    forward.append(("before", trace.forward["before"]))
-    backward: list[tuple[str, Segment]] = []
-    for layer in course.layers:
-        forward.append((layer, trace.forward[layer]))
-        backward.append((layer, trace.backward.get(layer, EMPTY)))
-    backward.reverse()
-    if course.last:
-        forward += [(HEAD, trace.forward["head"]), ("loss", trace.forward["loss"])]
-        backward.insert(0, (HEAD, trace.backward.get("head", EMPTY)))
+    """(name, place among the parts that have weights, segment), in the order of the run."""
+    forward: list[tuple[str | int, int | None, Segment]] = [("before", None, trace.forward["before"])]
+    backward: list[tuple[str | int, int | None, Segment]] = []
     if course.first:
-        backward.append((EMBEDDING, trace.backward.get(EMBEDDING, EMPTY)))
-    return forward, backward
+        forward.insert(0, (EMBEDDING, 0, trace.forward.get(EMBEDDING, EMPTY)))
+        backward.append((EMBEDDING, 0, trace.backward.get(EMBEDDING, EMPTY)))
+    for place, layer in enumerate(course.layers, int(course.first)):
+        forward.append((layer, place, trace.forward[layer]))
+        backward.append((layer, place, trace.backward.get(layer, EMPTY)))
+    if course.last:
+        place = course.first + len(course.layers)
+        forward += [(HEAD, place, trace.forward["head"]), ("loss", place, trace.forward["loss"])]
+        backward.append((HEAD, place, trace.backward.get("head", EMPTY)))
+    return forward, backward[::-1]
 
 
 def _end(segment: Segment) -> int:
@@ -119,49 +121,39 @@ class _Follow:
             )
 
 
-class _gathered:
+class Gathered:
     """ZeRO 3: weights that are whole for the moment. A module's are gathered before it runs, with those of the next
     ones up to a bucket, and let go after it unless they are wanted again within `LIVE_ELEMENTS`, which are those of the
-    last layers of the forward, since the backward begins with them."""
+    last layers of the forward, since the backward begins with them. Small ones always stay whole.
+
+    whole: elements of each part that are gathered; small: those that stay; both by family."""
 
     def __init__(self, course: Course, weights: Inventory, settings: Settings):
         self.element = settings.element
-        self.active = settings.stage == 3
-        if not self.active:
-            self.standing = 0
-            return
         order = [*([EMBEDDING] if course.first else []), *course.layers, *([HEAD] if course.last else [])]
-        threshold = min(settings.bucket_elements, PERSISTENT)
-        apart = {family for family, count in settings.replicas.items() if count > 1}
-        self.whole, standing = {}, 0
-        for part in order:
-            mine = [weight for weight in weights.get(part, ()) if weight.family in apart]
-            small = sum(weight.elements for weight in mine if weight.elements <= threshold)
-            standing += small
-            self.whole[part] = sum(weight.elements for weight in mine) - small
-        self.standing = self.element * standing
-        self.after, total = {}, 0
-        for part in reversed(order):
-            self.after[part] = total
-            total += self.whole[part]
-        self.order = order
+        self.active = settings.stage == 3
+        self.threshold = min(settings.bucket_elements, PERSISTENT)
         self.prefetch = settings.bucket_elements
+        self.parts: list[tuple[str | int, Counter, Counter]] = []
+        for part in order if self.active else ():
+            whole, small = Counter(), Counter()
+            for weight in weights.get(part, ()):
+                if settings.replicas[weight.family] > 1:
+                    (small if weight.elements <= self.threshold else whole)[weight.family] += weight.elements
+            self.parts.append((part, whole, small))
+        self.standing = self.element * sum(small.total() for _, _, small in self.parts)
+        sizes = [whole.total() for _, whole, _ in self.parts]
+        self.after = [sum(sizes[index + 1 :]) for index in range(len(sizes))]
 
-    def at(self, part: str | int, *, backward: bool) -> int:
-        if not self.active:
-            return 0
-        part = HEAD if part == "loss" else part
-        if part not in self.whole:
+    def again(self, index: int) -> bool:
+        """Whether the part at that place is let go after its forward, and gathered once more in the backward."""
+        return 2 * self.after[index] > LIVE_ELEMENTS
+
+    def at(self, index: int | None, *, backward: bool) -> int:
+        """Bytes while the part at that place runs; None: what comes before all of them."""
+        if not self.active or index is None:
             return self.standing
-        # Of what lies behind this part's own weights, in the direction of the run, elements that are still wanted.
-        if backward:
-            before = sum(self.whole.values()) - self.after[part] - self.whole[part]
-            kept = min(before, max(LIVE_ELEMENTS // 2 - self.after[part], self.prefetch))
-        else:
-            before = 0
-            for other in self.order[: self.order.index(part)]:
-                # Wanted again after everything that comes behind it, there and back.
-                if 2 * self.after[other] <= LIVE_ELEMENTS:
-                    before += self.whole[other]
-            kept = before + min(self.prefetch, self.after[part])
-        return self.standing + self.element * (self.whole[part] + max(kept, 0))
+        kept = self.parts[index][1].total()
+        others = sum(whole.total() for place, (_, whole, _) in enumerate(self.parts[:index]) if not self.again(place))
+        ahead = sum(whole.total() for _, whole, _ in self.parts[:index]) - others if backward else self.after[index]
+        return self.standing + self.element * (kept + others + min(self.prefetch, ahead))

@@ -111,9 +111,9 @@ def follow(
         recorder.begin()
         logits = model(**inputs, use_cache=False).logits
         recorder.cut("forward", "head")
-        loss = Loss.apply(logits.flatten(0, 1))
+        loss = Loss.apply(logits.flatten(0, 1), grid.tensor, recorder.note)
         recorder.cut("forward", "loss")
-        logits = logits.detach()  # as the loop holds it
+        del logits
         loss.backward()
         del loss
         recorder.cut("backward", "embedding")

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from moe_dist.planner.timeline import Gathered
 from moe_dist.planner.zero import FP32, Settings
 
 PASSES = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
@@ -33,12 +34,13 @@ class Collective:
         return PASSES[self.kind] * self.payload * (replicas - 1) / replicas
 
 
-def data_collectives(settings: Settings, *, micro_batches: int) -> list[Collective]:
+def data_collectives(settings: Settings, gathered: Gathered, *, micro_batches: int) -> list[Collective]:
     """What the engine sums and gathers in a step, at each ZeRO stage (`train/deepspeed_seam.py`, DeepSpeed 0.19.8).
 
     Stages 0 and 1 sum the gradients of all micro-batches at once, in fp32, stages 2 and 3 those of each; only stage 3
-    sends a rank no more than its part. What the ranks have updated is gathered by all once a step, at stage 3 before it
-    is used: forward and backward of each micro-batch.
+    sends a rank no more than its part. What the ranks have updated is gathered by all once a step. At stage 3 it is so
+    for small weights only; others are gathered when they are used, in the forward of each micro-batch and, where they
+    were let go, in the backward.
     """
     found = []
     stage, totals, replicas = settings.stage, settings.totals, settings.replicas
@@ -52,7 +54,11 @@ def data_collectives(settings: Settings, *, micro_batches: int) -> list[Collecti
             if stage in (1, 2):
                 found.append(Collective("all_gather", family, settings.element * trained))
         if stage == 3:
-            found.append(Collective("all_gather", family, 2 * micro_batches * settings.element * totals.held[family]))
+            each = sum(
+                whole[family] * (1 + gathered.again(place)) for place, (_, whole, _) in enumerate(gathered.parts)
+            )
+            once = sum(small[family] for _, _, small in gathered.parts) if trained else 0
+            found.append(Collective("all_gather", family, settings.element * (micro_batches * each + once)))
     return found
 
 

@@ -113,7 +113,7 @@ class Gradients:
             self.held += FP32 * settings.bucket_elements
 
     def take(self, ready: Ready) -> int:
-        """A gradient is ready: bytes that this needs for a moment, its own included."""
+        """A gradient is ready: bytes that this needs for a moment beside what is then `held`, its own included."""
         settings, first = self.settings, self.micro_batch == 0
         if settings.stage == 0 or (settings.stage == 1 and not settings.bf16):
             needed = ready.bytes
@@ -135,30 +135,29 @@ class Gradients:
         return ready.bytes + wide + FP32 * ready.elements + FP32 * ready.elements // settings.replicas[ready.family]
 
     def _bucketed(self, ready: Ready) -> int:
-        settings = self.settings
-        needed = ready.bytes
+        settings, needed = self.settings, 0
         if self._waiting is not None or self._in_bucket + ready.elements > settings.bucket_elements:
-            needed += self._flush()
+            needed = self._flush()
         if ready.elements > settings.bucket_elements:
             self._waiting = ready
             self.held += ready.bytes
-        else:
-            self._in_bucket += ready.elements
-        return needed
+            return needed
+        self._in_bucket += ready.elements
+        return needed + ready.bytes
 
     def _flush(self) -> int:
+        """What waits is summed: a copy of it, in bf16 one more in fp32, and only then, in fp32, the buffer for it."""
         settings, waiting = self.settings, self._waiting
         elements = waiting.elements if waiting else self._in_bucket
         if not elements:
             return 0
-        needed = FP32 * elements
-        if waiting:
-            needed += waiting.bytes if settings.bf16 else 0
-            self.held -= waiting.bytes
-            needed += waiting.bytes
+        own = waiting.bytes if waiting else 0
+        needed = own + FP32 * elements + (own if settings.bf16 else 0)
         self._waiting, self._in_bucket = None, 0
+        self.held -= own
+        before = self.held
         self._partition()
-        return needed
+        return max(needed - (self.held - before), own)
 
     def _partition(self) -> None:
         """The buffer that reduced gradients are kept in, made at the first reduction: of a step where it adds them up
