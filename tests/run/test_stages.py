@@ -49,3 +49,33 @@ def test_stages_take_the_course_of_one_process(ranks, tmp_path):
     for key, tensor in found.items():
         if key[0] == "weights":
             assert relative_error(tensor, expected[key]) < 1e-4, key
+
+
+def test_a_stage_in_which_nothing_trains(ranks, tmp_path):
+    """ESFT in the second layer alone, from the first stage and from the second; saved, and gone on with."""
+    files = make_files(tmp_path, "qwen3_moe")
+
+    def run(name: str, world: int, parallel: dict, layer: str, **changes):
+        tree = settings(
+            files,
+            tmp_path / name,
+            "qwen3_moe",
+            parallel=parallel,
+            trainable={"include": ["*.experts.*"], "experts": {layer: [1, 4]}},
+            train={"steps": 3, "eps": 1e-6, **changes},
+        )
+        assert set(ranks(world, train, tree, timeout=300)) == {0}
+        return tmp_path / name
+
+    for layer in ("0", "1"):
+        whole = run(f"whole-{layer}", 1, {}, layer)
+        run(f"cut-{layer}", 2, {"pipeline": 2, "zero_stage": 2}, layer, stop_at=2)
+        cut = run(f"cut-{layer}", 2, {"pipeline": 2, "zero_stage": 2}, layer)
+        for ours, expected in zip(events(cut, "train"), events(whole, "train"), strict=True):
+            assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+            assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+        expected, found = stored(whole, 3), stored(cut, 3)
+        assert found.keys() == expected.keys()
+        for key, tensor in found.items():
+            if key[0] == "weights":
+                assert relative_error(tensor, expected[key]) < 1e-4, key
