@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 
@@ -98,23 +98,20 @@ def covering_cells() -> list[Cell]:
     return [Cell(*values) for values in covering(AXES)]
 
 
-def covering(axes: Sequence[Sequence], fits: Callable[[dict], bool] = lambda chosen: True) -> list[tuple]:
+def covering(axes: Sequence[Sequence]) -> list[tuple]:
     """A small set of choices, a value of each axis, with every pair of values of any two axes in at least one of them.
 
     Greedy and deterministic: each choice starts from a pair that is still missing and takes, axis after axis, the value
-    that adds most missing pairs. fits({number of axis: value}): whether these values can be chosen together, whatever
-    the others are; pairs that do not fit are left out.
+    that adds most missing pairs.
     """
     numbers = range(len(axes))
     missing = {((a, x), (b, y)) for a, b in combinations(numbers, 2) for x in axes[a] for y in axes[b]}
-    missing = {pair for pair in missing if fits(dict(pair))}
     found = []
     while missing:
         first = min(missing, key=repr)
         chosen = dict(first)
         for axis, values in enumerate(axes):
             if axis not in chosen:
-                values = [value for value in values if fits({**chosen, axis: value})]
                 gains = [len(missing & _pairs({**chosen, axis: value}, axis)) for value in values]
                 # Where several gain alike, go round, so that the values are used about equally.
                 best = [value for value, gain in zip(values, gains, strict=True) if gain == max(gains)]
