@@ -96,7 +96,14 @@ def test_a_run_that_was_stopped_is_the_uninterrupted_one(ranks, tmp_path, parall
     files = make_files(tmp_path, "qwen3_moe", tie_word_embeddings=True)
 
     def run(name: str, **changes) -> Path:
-        tree = settings(files, tmp_path / name, "qwen3_moe", parallel=parallel, train={"steps": 4, **changes})
+        tree = settings(
+            files,
+            tmp_path / name,
+            "qwen3_moe",
+            parallel=parallel,
+            train={"steps": 4, **changes},
+            checkpoint={"every": 1, "background": True},
+        )
         assert set(ranks(2, train, tree, timeout=300)) == {0}
         return tmp_path / name
 

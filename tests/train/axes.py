@@ -65,6 +65,9 @@ class Model(nn.Module):
         if tied:
             self.head.weight = self.embed.weight
 
+    def named_non_persistent_buffers(self):  # as models of transformers have
+        return iter(())
+
     def forward(self, x):
         x_TH = x if self.embed is None else self.embed(x)
         for layer in self.layers:
