@@ -14,6 +14,7 @@ from moe_dist.planner.study import Layout, Study
 from moe_dist.planner.timeline import Peak
 from moe_dist.planner.wire import Wire
 
+UNDIVIDED = "rows or micro-batches do not divide"
 MOST_TRACED = 60  # layouts whose memory is followed to the end; what is slower than those found is not looked at
 
 
@@ -86,7 +87,7 @@ def rank(study: Study, cluster: Cluster, *, sequences: int, wanted: int = 10) ->
             left_out["activations are more than the memory leaves"] += 1
         else:
             best.append(Found(plan, speed, wire, memory))
-    return Ranking(best, left_out, looked_at + sum(count for reason, count in left_out.items() if "divide" in reason))
+    return Ranking(best, left_out, looked_at + left_out[UNDIVIDED])
 
 
 def layouts(study: Study, cluster: Cluster, sequences: int, left_out: Counter) -> Iterator[Layout]:
@@ -102,7 +103,7 @@ def layouts(study: Study, cluster: Cluster, sequences: int, left_out: Counter) -
                 data = stage // (tensor * sequence)
                 micro_batches, rest = divmod(sequences, data * micro_batch)
                 if length % (tensor * sequence) or rest or not micro_batches:
-                    left_out["rows or micro-batches do not divide"] += 1
+                    left_out[UNDIVIDED] += 1
                     continue
                 for expert in (size for size in _divisors(stage) if size <= max(experts, 1)):
                     for recompute in (False, True):
