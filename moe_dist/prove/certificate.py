@@ -58,7 +58,7 @@ class Check:
             if tolerance <= errors.get(key, 0.0) < most
         }
         ranked = sorted(((key, error) for key, error in errors.items() if key not in eased), key=lambda item: -item[1])
-        where, error = ranked[0] if ranked else ("", 0.0)
+        where, error = ranked[0] if ranked and ranked[0][1] else ("", 0.0)
         within = error < tolerance or error == tolerance == 0
         return Check(name, tolerance, within, error, where, tuple(ranked[:WORST]), faults, eased, len(errors), errors)
 

@@ -42,7 +42,8 @@ def test_a_proof_on_two_ranks_that_it_starts_itself(config, tmp_path, capfd):
     assert "in float32" in said  # the config says bf16
     written = certificate_in(tmp_path / "run-proof")
     assert written["holds"] is True
-    names = ["logits", "chosen experts", "backward", "gradients", "loss", "clip norm", "weights", "frozen", "resume"]
+    names = ["logits", "chosen experts", "backward", "gradients", "loss", "evaluation", "clip norm", "weights"]
+    names += ["frozen", "resume"]
     names += ["bf16 statistics", "bf16 gradients, dense", "bf16 gradients, expert"]
     assert [check["name"] for check in written["checks"]] == names
     assert len(written["gradients"]) == len(written["weights"]) > 30
