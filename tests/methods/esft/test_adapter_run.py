@@ -14,16 +14,16 @@ from tests.models.compare import file_tensors, same_bits
 from tests.run.runs import make_files, settings, train
 
 CASES = {
-    # family, what else trains, the experts; EP = 2 and ZeRO 2 on two ranks
-    "qwen3_moe": ({"0": [5, 1], "1": [2]}, {}),
-    "qwen2_moe": ({"1": [4, 0]}, {"shared_experts": True, "non_expert_modules": True}),
-    "gpt_oss": ({"0": [3, 0, 1]}, {}),
+    # family: the experts, what else trains, how two ranks share the work besides ZeRO 2
+    "qwen3_moe": ({"0": [5, 1], "1": [2]}, {}, {"pipeline": 2}),
+    "qwen2_moe": ({"1": [4, 0]}, {"shared_experts": True, "non_expert_modules": True}, {"tensor": 2, "expert": 2}),
+    "gpt_oss": ({"0": [3, 0, 1]}, {}, {"expert": 2}),
 }
 
 
 @pytest.mark.parametrize("family", CASES)
 def test_the_adapter_of_a_run(ranks, tmp_path, capsys, family):
-    experts, others = CASES[family]
+    experts, others, layout = CASES[family]
     files = make_files(tmp_path, family, dtype=torch.bfloat16)
     base, run = files / family, tmp_path / "run"
     write_expert_config(tmp_path / "experts.json", ExpertConfig(experts, **others))
@@ -34,7 +34,7 @@ def test_the_adapter_of_a_run(ranks, tmp_path, capsys, family):
         run,
         family,
         train={"steps": 2, "precision": "bf16"},
-        parallel={"expert": 2, "zero_stage": 2},
+        parallel={"zero_stage": 2, **layout},
         trainable={"experts_file": str(tmp_path / "experts.json")},
     )
     assert ranks(2, train, tree) == [0, 0]

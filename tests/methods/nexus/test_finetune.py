@@ -21,9 +21,14 @@ from tests.run.runs import settings, train
 EXPERTS = 5  # divides by no number of ranks
 CASES = {
     # router: family, ranks, training and layout
-    "prototype": ("llama", 2, {"expert": 2, "zero_stage": 2, "placement": "balanced"}, "fp32"),
+    "prototype": (
+        "llama",
+        4,
+        {"pipeline": 2, "sequence": 2, "expert": 2, "zero_stage": 2, "placement": "balanced", "spare_experts": 1},
+        "fp32",
+    ),
     "paper": ("qwen3", 2, {"expert": 1, "zero_stage": 3}, "bf16"),
-    "linear": ("mistral", 2, {"expert": 2, "zero_stage": 1}, "fp32"),
+    "linear": ("mistral", 2, {"tensor": 2, "expert": 2, "zero_stage": 1}, "fp32"),
 }
 
 
