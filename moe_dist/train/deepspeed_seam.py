@@ -1,4 +1,5 @@
-"""Everything that leans on DeepSpeed's internals (written against 0.19.8), behind the `Backend` of `train.engine`.
+"""DeepSpeed behind the `Backend` of `train.engine`. What leans on its internals (written against 0.19.8) is here, in
+`deepspeed_groups` (which ranks share a parameter) and in `deepspeed_setup`.
 
 What DeepSpeed does here: it partitions and reduces (ZeRO 1 to 3), or only reduces (stage 0). What it is kept from
 doing: clipping and norms (its norms differ from stage to stage under expert parallelism), loss averaging, deciding

@@ -162,7 +162,7 @@ def accumulate(engine: Engine, row) -> None:
             x = torch.empty(LENGTH, toy.HIDDEN)
             dist.recv(x, before)
             x.requires_grad_()
-        y = engine.forward(x=x)
+        y = engine.forward(x=x if grid.is_first_stage else x.to(next(engine.module.parameters()).dtype))
         if grid.is_last_stage:
             engine.backward(toy.loss_sum(y, labels_T) / labels)
         else:

@@ -59,3 +59,22 @@ def test_training_is_that_of_one_plain_process(ranks, problem, layout, stage):
     if case.tied and p > 1:
         copy, original = (results[rank]["parameters"] for rank in (WORLD - 1, 0))
         assert torch.equal(torch.from_numpy(copy["head.weight"]), torch.from_numpy(original["embed.weight"]))
+
+
+@pytest.mark.parametrize("layout", [(1, 2, 4), (2, 2, 1)])
+def test_bf16_is_the_same_at_every_stage(ranks, layout):
+    """Gradients are rounded to bf16 once, where a rank's backward makes them; from there on all sums are fp32."""
+    p, t, e = layout
+
+    def run(stage: int) -> dict:
+        case = Case(p=p, t=t, e=e, stage=stage, precision="bf16", tied=True, accumulation=2)
+        results = ranks(WORLD, train, case, 1, timeout=120)
+        return {kind: assembled([result[kind] for result in results]) for kind in ("gradients", "weights")}
+
+    first = run(0)
+    for stage in (1, 2, 3):
+        found = run(stage)
+        for kind in found:
+            assert found[kind].keys() == first[kind].keys()
+            for key, tensor in first[kind].items():
+                assert relative_error(found[kind][key], tensor) <= 1e-6, (stage, kind, key)
