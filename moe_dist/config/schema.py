@@ -152,7 +152,7 @@ class MoeSection:
     expert_bias_rate: float = key(0.0, "Step of the balancing expert bias (families that have one); 0 = off.", low=0)
     capacity_factor: float | None = key(
         None,
-        "Most slots of an expert, over its even share of a rank's tokens; more are dropped and counted. null = dropless.",
+        "Most slots of an expert, over its even share of a rank's tokens; more are dropped. null = dropless.",
         above=0,
     )
     dispatcher: str = key(
