@@ -5,7 +5,7 @@ from moe_dist.checkpoint.best import best_step, mark_best
 from moe_dist.checkpoint.errors import CheckpointError, NoSpaceError
 from moe_dist.checkpoint.fingerprint import fingerprint
 from moe_dist.checkpoint.format import FrozenBase, TensorInfo
-from moe_dist.checkpoint.fragments import NOT_EXPERT, Fragment, Place, Range, split_flat, wanted_for
+from moe_dist.checkpoint.fragments import NOT_EXPERT, Fragment, Place, Range, wanted_for
 from moe_dist.checkpoint.group import SINGLE, Group, TorchGroup
 from moe_dist.checkpoint.reader import Checkpoint, open_checkpoint
 from moe_dist.checkpoint.resume import Entry, Found, find_latest, ls
@@ -40,7 +40,6 @@ __all__ = [
     "pin",
     "prune",
     "save",
-    "split_flat",
     "verify",
     "wanted_for",
 ]

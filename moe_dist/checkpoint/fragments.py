@@ -132,17 +132,3 @@ def cut_at(places: Sequence[Place], tensor: torch.Tensor) -> list[Fragment]:
         elements = tensor[place.start : place.start + at.numel]
         fragments.append(Fragment(at.name, at.expert, at.offset, elements, at.runs, at.stride))
     return fragments
-
-
-def split_flat(
-    name: str,
-    seat_ids: Sequence[int | None],
-    per_expert_numel: int,
-    flat_offset: int,
-    tensor: torch.Tensor,
-) -> list[Fragment]:
-    """Cut `tensor`, 1-D, the elements of a local stacked parameter from `flat_offset` on, at the experts' boundaries.
-
-    The fragments are views. Pad seats are dropped.
-    """
-    return cut_at(wanted_for(name, seat_ids, per_expert_numel, flat_offset, tensor.numel()), tensor)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_dist.checkpoint import NOT_EXPERT, Range, split_flat, wanted_for
+from moe_dist.checkpoint import NOT_EXPERT, Range, wanted_for
+from moe_dist.checkpoint.fragments import cut_at
 from tests.checkpoint.worlds import KINDS, TRAINED, World, catalogue, truth
 
 EP_SIZES = (1, 2, 4)
@@ -24,7 +25,7 @@ def test_pad_seats_belong_to_nothing_and_leave_a_gap_in_the_buffer():
 
 def test_a_parameter_that_is_no_experts_is_one_fragment():
     values = torch.arange(7.0)
-    (fragment,) = split_flat("norm", (NOT_EXPERT,), 10, 2, values)
+    (fragment,) = cut_at(wanted_for("norm", (NOT_EXPERT,), 10, 2, 7), values)
     assert (fragment.expert, fragment.offset) == (NOT_EXPERT, 2)
     assert fragment.tensor.data_ptr() == values.data_ptr(), "fragments are views"
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from moe_dist.checkpoint import NOT_EXPERT, Fragment, Place, TensorInfo, split_flat, wanted_for
+from moe_dist.checkpoint import NOT_EXPERT, Fragment, Place, TensorInfo, wanted_for
+from moe_dist.checkpoint.fragments import cut_at
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
 EXPERT_SHAPES = {"layers.0.experts.gate_up_proj": (6, 5), "layers.1.experts.down_proj": (3, 7)}
@@ -118,8 +119,8 @@ class World:
             pieces[kind] = [
                 fragment
                 for stack, offset, length, start in self.cuts(rank)
-                for fragment in split_flat(
-                    stack.name, stack.seat_ids, stack.numel, offset, flat[start : start + length]
+                for fragment in cut_at(
+                    wanted_for(stack.name, stack.seat_ids, stack.numel, offset, length), flat[start : start + length]
                 )
             ]
         return pieces
