@@ -70,6 +70,7 @@ def config(
     recompute: bool = False,
     micro_batches: int = 2,
     length: int = 256,
+    layers: int = 4,
     dispatcher: str = "auto",
     **parallel,
 ) -> RunConfig:
@@ -80,7 +81,7 @@ def config(
     return build(
         {
             "run": {"dir": "unused"},
-            "model": {"config": dict(MODELS[family])},
+            "model": {"config": MODELS[family] | {"num_hidden_layers": layers}},
             "data": {"train": ["unused.jsonl"], "seq_len": length},
             "moe": {"dispatcher": dispatcher},
             "parallel": {"reduce_bucket_size": 200_000, "world_size": world, **parallel},
@@ -94,8 +95,8 @@ def config(
     )
 
 
-def measure(settings: RunConfig, micro_batches: int) -> dict:
-    """Train `STEPS` steps as the loop does. Of the last one, on this rank: the most bytes of live tensors, where they
+def measure(settings: RunConfig, micro_batches: int, *, steps: int = STEPS) -> dict:
+    """Train `steps` steps as the loop does. Of the last one, on this rank: the most bytes of live tensors, where they
     were before it, what was sent by what is counted (`parallel.traffic`), and the payloads of all collectives by kind.
     Of each experts layer the experts of its tokens, in order of the micro-batches. Collective.
     """
@@ -113,12 +114,12 @@ def measure(settings: RunConfig, micro_batches: int) -> dict:
         )
         routing = Routing(model, settings.moe, grid)
         chosen: dict[str, list] = {name: [] for name, _ in moe_layers(model)}
-        for step in range(STEPS):
+        for step in range(steps):
             batches = [_batch(settings, grid, step * micro_batches + number) for number in range(micro_batches)]
             routing.start_step()
             live.restart()
             start = live.now
-            if step == STEPS - 1:
+            if step == steps - 1:
                 for name, layer in moe_layers(model):
                     layer.recorders.append(lambda ids, _, kept=chosen[name]: kept.append(ids.numpy()))
             with count_traffic() as traffic, Collectives() as collectives:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch.distributed as dist
 
 from benchmarks._harness import Missed, row, run
-from benchmarks._plan_runs import config, measure
+from benchmarks._plan_runs import STEPS, config, measure
 from benchmarks._ranks import on_ranks
 from moe_dist.config.checks import accumulation
 from moe_dist.planner.search import layout_of
@@ -76,11 +76,11 @@ def _case(name: str, world: int, changes: dict) -> Iterator[dict]:
         yield row(name, planned(changes, world) / MB, peak / MB, "measured peak of live tensors", unit="MB")
 
 
-def most(changes: dict, world: int) -> int:
+def most(changes: dict, world: int, *, steps: int = STEPS) -> int:
     """The measured peak of the rank that has most. Collective."""
     settings = config(world, **changes)
     peaks: list = [None] * world
-    dist.all_gather_object(peaks, measure(settings, accumulation(settings, world))["peak"])
+    dist.all_gather_object(peaks, measure(settings, accumulation(settings, world), steps=steps)["peak"])
     return max(peaks)
 
 

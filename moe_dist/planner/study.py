@@ -20,15 +20,13 @@ from moe_dist.moe.layer import MoEExperts
 from moe_dist.moe.placement import Placement, balance, contiguous, from_lists
 from moe_dist.moe.traffic_model import Group, expected_flows, step_bytes
 from moe_dist.parallel.grid import Grid, layout
-from moe_dist.planner.inventory import HEAD, Inventory, Totals, inventory, totals
 from moe_dist.planner.shadow import Leg, Rows
 from moe_dist.planner.timeline import Course, Gathered, Peak, peak
 from moe_dist.planner.trace import Trace, decoder_layers, follow
 from moe_dist.planner.wire import Collective, Wire, data_collectives
-from moe_dist.planner.zero import Settings
 from moe_dist.train.build import plan_model
 from moe_dist.train.engine import DTYPES, cast_parameters
-from moe_dist.train.trainable import freeze
+from moe_dist.train.memory import Inventory, Settings, Totals, inventory, is_tied, of_stage, settings_of, totals
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,6 @@ class Study:
         cast_parameters(self.skeleton, DTYPES[config.train.precision])
         if config.model.attention is not None:
             self.skeleton.config._attn_implementation = config.model.attention
-        freeze(self.skeleton, self.selection)
         self.layers = list(decoder_layers(self.skeleton))
         self.kind_of = self._kinds()
         self.packed = config.data.packing is True
@@ -205,9 +202,9 @@ class Study:
         """The parameters of a rank of that stage, layer by layer."""
         by_kind = self._inventory(plan.tensor, plan.sequence, plan.expert)
         layers = self.stages(plan.pipeline)[stage]
-        found = {index: by_kind[self.kind_of[index]] for index in layers}
-        ends = ([0] if stage == 0 else []) + ([1] if stage == plan.pipeline - 1 else [])
-        return {**found, **{name: by_kind.get(name, ()) for end, name in enumerate(("embedding", HEAD)) if end in ends}}
+        parts = {**by_kind, **{index: by_kind[self.kind_of[index]] for index in layers}}
+        last = stage == plan.pipeline - 1
+        return of_stage(parts, layers, first=stage == 0, last=last, tied=is_tied(self.skeleton))
 
     @cache  # noqa: B019
     def _inventory(self, tensor: int, sequence: int, expert: int) -> Inventory:
@@ -220,9 +217,9 @@ class Study:
     @cache  # noqa: B019
     def _settings(self, world, tensor, sequence, expert, pipeline, stage, zero_stage) -> Settings:
         held = self._totals(tensor, sequence, expert, pipeline, stage)
-        size = world // pipeline
-        counts = {"dense": size, "expert": size // expert, "tensor": size // tensor}
-        return Settings(zero_stage, self.bf16, self.config.parallel.reduce_bucket_size, held, counts)
+        grid = layout(world, pipeline=pipeline, sequence=sequence, tensor=tensor, expert=expert)
+        precision, bucket = self.config.train.precision, self.config.parallel.reduce_bucket_size
+        return settings_of(held, grid, zero_stage=zero_stage, precision=precision, bucket=bucket)
 
     @cache  # noqa: B019
     def _totals(self, tensor: int, sequence: int, expert: int, pipeline: int, stage: int) -> Totals:

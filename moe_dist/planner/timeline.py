@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moe_dist.planner.inventory import EMBEDDING, HEAD, Inventory
+from moe_dist.planner.gradients import Gradients
 from moe_dist.planner.trace import EMPTY, Segment, Trace
-from moe_dist.planner.zero import Gradients, Settings
+from moe_dist.train.memory import EMBEDDING, HEAD, Inventory, Settings
 
 LIVE_ELEMENTS = 1_000_000_000  # stage3_max_live_parameters and stage3_max_reuse_distance, as DeepSpeed has them
 PERSISTENT = 100_000  # stage3_param_persistence_threshold at most, see train/deepspeed_setup.py

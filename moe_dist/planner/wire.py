@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moe_dist.planner.timeline import Gathered
-from moe_dist.planner.zero import FP32, Settings
+from moe_dist.train.memory import FP32, Settings
 
 PASSES = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
 

@@ -34,7 +34,7 @@ from moe_dist.train.trainable import Selection, freeze, layer_index, select
 class ModelPlan:
     """What will be built: `skeleton` is the whole model on the meta device with this rank's seats in its
     experts layers; `local` is what this rank holds of it, and `all_stages` what the ranks with its places in the other
-    pipeline stages hold besides (the same object where nothing is cut).
+    pipeline stages hold besides (the same object where nothing is cut). What trains is marked in all of them.
 
     folder: where the weights come from; None for a random initialisation. placement: as `load_model` takes it.
     """
@@ -91,6 +91,8 @@ def plan_model(config: RunConfig, grid: Grid) -> ModelPlan:
     if grid.pipeline > 1:
         local = build(**where)[0]
         cut(local, grid)
+    for model in (skeleton, local, all_stages):
+        freeze(model, selection)
     return ModelPlan(skeleton, local, all_stages, selection, placement, folder)
 
 

@@ -8,8 +8,9 @@ from moe_dist.models.stages import stage_layers
 from moe_dist.parallel.grid import Grid, layout
 from moe_dist.train.backends import check_backend
 from moe_dist.train.build import ModelPlan, plan_model
+from moe_dist.train.memory import Inventory, inventory, is_tied, of_stage, settings_of, totals
 from moe_dist.train.routing import check_routing
-from moe_dist.train.table import Row, human_bytes, optimizer_bytes, render, rows, shared
+from moe_dist.train.table import human_bytes, render
 
 
 def describe(config: RunConfig, world_size: int) -> str:
@@ -29,7 +30,7 @@ def describe(config: RunConfig, world_size: int) -> str:
     if grid.pipeline > 1:
         cuts = stage_layers(plan.skeleton, grid.pipeline)
         listed = " | ".join(f"{layers.start}-{layers.stop - 1}" for layers in cuts)
-        lines.append(f"stages   layers {listed}; memory is that of the first stage")
+        lines.append(f"stages   layers {listed}; memory is that of the stage that needs most")
     settings = {"zero_stage": config.parallel.zero_stage, "precision": config.train.precision}
     lines.append(render(plan.all_stages, plan.selection, grid, **settings))
     lines.append(_memory(config, plan, grid))
@@ -63,30 +64,36 @@ def _ranks(grid: Grid) -> str:
     return f"{grid.world} = {axes}; each stage's {grid.stage_size} folded as {folded}"
 
 
-def memory_parts(config: RunConfig, plan: ModelPlan, grid: Grid) -> dict[str, int]:
-    """Bytes of one rank that do not depend on the data: weights, gradients, optimizer, ZeRO's buffers.
+def memory_parts(config: RunConfig, plan: ModelPlan, grid: Grid) -> tuple[dict[str, int], int]:
+    """Bytes, by what they are for, that do not depend on the data, of a rank of the pipeline stage that needs most of
+    them, and which stage that is."""
+    settings = {
+        "zero_stage": config.parallel.zero_stage,
+        "precision": config.train.precision,
+        "bucket": config.parallel.reduce_bucket_size,
+    }
+    found = []
+    for stage, held in enumerate(_stages(plan, grid)):
+        weights = totals(weight for part in held.values() for weight in part)
+        found.append((settings_of(weights, grid, **settings).before_activations, stage))
+    return max(found, key=lambda one: sum(one[0].values()))
 
-    Gradients are fp32 for what trains. From ZeRO 2 on they are shared by the ranks that hold the same weights, at
-    ZeRO 3 the weights are too.
-    """
-    zero_stage, precision = config.parallel.zero_stage, config.train.precision
-    total = Row()
-    for row in rows(plan.local, plan.selection).values():
-        for name in ("dense", "dense_trained", "cut", "cut_trained", "expert", "expert_trained"):
-            setattr(total, name, getattr(total, name) + getattr(row, name))
-    held, trained = total.dense + total.expert, total.dense_trained + total.expert_trained
-    if zero_stage == 3:
-        held = shared(total.dense, total.cut, total.expert, grid)
-    reduced = trained
-    if zero_stage >= 2:
-        reduced = shared(total.dense_trained, total.cut_trained, total.expert_trained, grid)
-    weights, gradients = (2 if precision == "bf16" else 4) * held, 4 * reduced
-    optimizer = optimizer_bytes(total, grid, zero_stage=zero_stage, precision=precision)
-    buffers = 4 * min(config.parallel.reduce_bucket_size, trained) if zero_stage else 0
-    return {"weights": weights, "gradients": gradients, "optimizer": optimizer, "reduction buffer": buffers}
+
+def _stages(plan: ModelPlan, grid: Grid) -> list[Inventory]:
+    """What a rank of each pipeline stage holds."""
+    parts = inventory(plan.all_stages)
+    if grid.pipeline == 1:
+        return [parts]
+    tied, last = is_tied(plan.all_stages), grid.pipeline - 1
+    cuts = enumerate(stage_layers(plan.skeleton, grid.pipeline))
+    return [of_stage(parts, layers, first=stage == 0, last=stage == last, tied=tied) for stage, layers in cuts]
 
 
 def _memory(config: RunConfig, plan: ModelPlan, grid: Grid) -> str:
-    parts = memory_parts(config, plan, grid)
-    listed = ", ".join(f"{name} {human_bytes(value)}" for name, value in parts.items())
-    return f"memory   {human_bytes(sum(parts.values()))} a rank before activations: {listed}"
+    parts, stage = memory_parts(config, plan, grid)
+    listed = ", ".join(f"{name} {human_bytes(value)}" for name, value in parts.items() if value)
+    whose = f"a rank of stage {stage}" if grid.pipeline > 1 else "a rank"
+    return (
+        f"memory   {human_bytes(sum(parts.values()))} {whose} before activations: {listed}\n"
+        "         with activations: moe-dist plan CONFIG"
+    )

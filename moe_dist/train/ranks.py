@@ -57,7 +57,8 @@ class Together:
         """
         trained = state.catalogue(plan).values()
         stored = sum(4 * info.numel * len(info.expert_ids) * len(info.kinds) for info in trained)
-        needs = Needs(sum(memory_parts(config, plan, self.grid).values()), stored)
+        parts, _ = memory_parts(config, plan, self.grid)
+        needs = Needs(sum(parts.values()), stored)
 
         def judge(said: list[dict]) -> list:
             return judge_room(self.facts, needs, speed=self.speed, environ=os.environ)

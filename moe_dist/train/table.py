@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import nn
 
 from moe_dist.moe.layer import MoEExperts
 from moe_dist.parallel.grid import Grid
+from moe_dist.train.family import EXPERT
+from moe_dist.train.memory import Totals, Weight, settings_of, totals, weight_of
 from moe_dist.train.trainable import Selection, layer_index
 
 OUTSIDE = "outside layers"
@@ -16,79 +19,68 @@ OUTSIDE = "outside layers"
 
 @dataclass
 class Row:
-    """Elements of one decoder layer on this rank (or of what lies outside of all).
+    """One decoder layer on this rank (or what lies outside of all).
 
-    cut, cut_trained: those among the dense ones that are this rank's part of a tensor-parallel weight.
     ids: what trains, by experts module. copies: {expert that sits on several ranks: on how many}.
     """
 
-    dense_trained: int = 0
-    dense: int = 0
-    cut_trained: int = 0
-    cut: int = 0
-    expert_trained: int = 0
-    expert: int = 0
+    weights: list[Weight] = field(default_factory=list)
     ids: dict[str, tuple[int, ...]] = field(default_factory=dict)
     copies: dict[int, int] = field(default_factory=dict)
     num_experts: int = 0
 
+    @cached_property
+    def totals(self) -> Totals:
+        return totals(self.weights)
+
+    @property
+    def expert(self) -> int:
+        return self.totals.held[EXPERT]
+
+    @property
+    def expert_trained(self) -> int:
+        return self.totals.trained[EXPERT]
+
+    @property
+    def dense(self) -> int:
+        return sum(self.totals.held.values()) - self.expert
+
+    @property
+    def dense_trained(self) -> int:
+        return sum(self.totals.trained.values()) - self.expert_trained
+
 
 def rows(model: nn.Module, selection: Selection) -> dict[str, Row]:
-    """Rows by decoder layer, in order of depth, from the parameters' shapes (so on the meta device as well)."""
+    """Rows by decoder layer, in order of depth, from the parameters' shapes (so on the meta device as well).
+
+    model: with what trains marked (`trainable.freeze`).
+    """
     table: dict[str, Row] = defaultdict(Row)
-    inside = set()
     for name, module in model.named_modules():
         if isinstance(module, MoEExperts):
             row = table[_label(name)]
             row.ids[name] = selection.experts[name]
             row.num_experts += module.spec.num_experts
             row.copies |= {expert: len(ranks) for expert, ranks in module.placement.copied.items()}
-            for _, parameter, _ in module.expert_parameters():
-                inside.add(parameter)
-                row.expert += parameter.numel()
-                row.expert_trained += parameter.numel() * parameter.requires_grad
     for name, parameter in model.named_parameters():
-        if parameter not in inside:
-            row = table[_label(name)]
-            row.dense += parameter.numel()
-            row.dense_trained += parameter.numel() * (name in selection.names)
-            if hasattr(parameter, "shard"):
-                row.cut += parameter.numel()
-                row.cut_trained += parameter.numel() * (name in selection.names)
+        table[_label(name)].weights.append(weight_of(parameter))
     return dict(sorted(table.items(), key=lambda item: (item[0] == OUTSIDE, len(item[0]), item[0])))
 
 
 def optimizer_bytes(row: Row, grid: Grid, *, zero_stage: int, precision: str) -> int:
-    """Bytes of optimizer state on one rank: two fp32 moments an element, and an fp32 master where weights are bf16.
-
-    From ZeRO 1 on it is shared by the ranks that hold the same weights, see `shared`.
-    """
-    each = 8 + (4 if precision == "bf16" else 0)
-    if zero_stage == 0:
-        return each * (row.dense_trained + row.expert_trained)
-    return each * shared(row.dense_trained, row.cut_trained, row.expert_trained, grid)
-
-
-def shared(dense: int, cut: int, expert: int, grid: Grid) -> int:
-    """Elements that one rank keeps where the ranks that hold the same weights share them: all of a stage for dense
-    tensors, those with the same tensor rank for `cut` ones (which `dense` includes), the expert-data ranks for experts.
-    """
-    sizes = (dense - cut, grid.stage_size), (cut, grid.stage_size // grid.tensor), (expert, grid.expert_data)
-    return sum(-(-elements // ranks) for elements, ranks in sizes)
+    """Bytes of optimizer state on one rank: fp32 moments, and masters where there are any (see `train.memory`)."""
+    return settings_of(row.totals, grid, zero_stage=zero_stage, precision=precision, bucket=0).optimizer
 
 
 def render(model: nn.Module, selection: Selection, grid: Grid, *, zero_stage: int, precision: str) -> str:
     """The table as text, with a line of totals. Counts are of one rank, seats without an expert included."""
     lines = [("layer", "dense trained", "experts trained", "parameters", "optimizer / rank")]
-    total = Row()
-    total_bytes = 0
-    for label, row in rows(model, selection).items():
+    table = rows(model, selection)
+    for label, row in table.items():
         size = optimizer_bytes(row, grid, zero_stage=zero_stage, precision=precision)
-        total_bytes += size
-        for name in ("dense_trained", "dense", "cut_trained", "cut", "expert_trained", "expert", "num_experts"):
-            setattr(total, name, getattr(total, name) + getattr(row, name))
         lines.append(_line(label, row, _ids(row), size))
-    lines.append(_line("all", total, "", total_bytes))
+    total = Row([weight for row in table.values() for weight in row.weights])
+    lines.append(_line("all", total, "", optimizer_bytes(total, grid, zero_stage=zero_stage, precision=precision)))
     widths = [max(len(line[column]) for line in lines) for column in range(5)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 

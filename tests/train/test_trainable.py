@@ -106,6 +106,7 @@ def test_the_table_counts_elements_and_bytes():
     assert table["2"].expert_trained == table["1"].dense_trained == 0
     grid = layout(4, expert=2)
     assert optimizer_bytes(table["1"], grid, zero_stage=0, precision="fp32") == 8 * 2 * EXPERT
+    assert optimizer_bytes(table["1"], grid, zero_stage=1, precision="fp32") == 12 * 2 * EXPERT // 2
     assert optimizer_bytes(table["1"], grid, zero_stage=2, precision="bf16") == 12 * 2 * EXPERT // 2
 
 
@@ -114,7 +115,8 @@ def test_a_dry_run_needs_no_weights_and_no_data():
     assert "4 = expert-data 2 x expert 2, ZeRO 1" in text
     assert "1/6 (5)" in text
     assert "0/6 (none)" in text
-    assert "a rank before activations" in text
+    assert "a rank before activations: weights" in text
+    assert text.endswith("with activations: moe-dist plan CONFIG")
 
 
 def test_a_hub_name_is_no_error_in_a_dry_run():

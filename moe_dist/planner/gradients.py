@@ -1,96 +1,14 @@
-"""What the engine keeps and allocates beside the model at each ZeRO stage, as DeepSpeed 0.19.8 and `train` do it.
+"""What becomes of a gradient that is ready (`Ready`) at each ZeRO stage, and what a reduction and an update need.
 
-Bytes for N held and n trained elements of a family with r replicas:
-
-    stage    weights   masters   moments   gradients                   beside
-    0 fp32   4N        -         8n        4n                          4n while they are reduced
-    0 bf16   2N        4n        8n        4n                          4n while they are reduced
-    1 fp32   4N        4n/r      8n/r      4n; the part kept: 4n/r     bucket; a group's 4n/r in the update
-    1 bf16   2N        4n/r      8n/r      4n, and 2n in a step        4n while they are reduced
-    2 fp32   4N        4n/r      8n/r      4n/r, of two micro-batches  bucket, and once more; a group's 4n/r
-    2 bf16   2N        4n/r      8n/r      4n/r                        bucket, and once more
-    3 fp32   4N/r      4n/r      8n/r      4n/r                        bucket, gathered weights; a group's 4n/r
-    3 bf16   2N/r      4n/r      8n/r      4n/r                        bucket, gathered weights; a group's 4n/r
-
-Rules say what becomes of a gradient that is ready (`Ready`), and what a reduction and an update need at their worst.
+As DeepSpeed 0.19.8 and `train` do it; the table is in `train.memory`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
-
-from moe_dist.planner.inventory import Totals
 from moe_dist.planner.trace import Ready
+from moe_dist.train.memory import FP32, Settings
 
-FP32 = 4
 PLAIN_BUCKET = 500_000_000  # elements that stage 0's and BF16_Optimizer's all-reduce takes at a time
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Of one rank. experts: whether DeepSpeed reduces families apart, since some are not held by every rank."""
-
-    stage: int
-    bf16: bool
-    bucket: int
-    totals: Totals
-    replicas: Mapping[str, int]
-
-    @property
-    def element(self) -> int:
-        return 2 if self.bf16 else FP32
-
-    def _shared(self, by_family: Mapping[str, int]) -> int:
-        return sum(-(-count // self.replicas[family]) for family, count in by_family.items())
-
-    @cached_property
-    def trained(self) -> int:
-        return sum(self.totals.trained.values())
-
-    @cached_property
-    def owned(self) -> int:
-        """Elements whose masters and moments this rank keeps."""
-        return self.trained if self.stage == 0 else self._shared(self.totals.trained)
-
-    @property
-    def bucket_elements(self) -> int:
-        return min(self.bucket, self.trained)
-
-    @property
-    def largest_owned_group(self) -> int:
-        return max((-(-count // self.replicas[family]) for (family, _), count in self.totals.groups.items()), default=0)
-
-    # What stays from step to step
-
-    @cached_property
-    def weights(self) -> int:
-        held = self.totals.held
-        return self.element * (self._shared(held) if self.stage == 3 else sum(held.values()))
-
-    @property
-    def masters(self) -> int:
-        return 0 if self.stage == 0 and not self.bf16 else FP32 * self.owned
-
-    @property
-    def moments(self) -> int:
-        return 2 * FP32 * self.owned
-
-    @property
-    def standing_gradients(self) -> int:
-        """Gradient buffers that are never given back."""
-        if self.stage == 3:
-            return FP32 * self.owned
-        return FP32 * self.trained if self.stage == 1 and self.bf16 else 0
-
-    @property
-    def standing_buffers(self) -> int:
-        return FP32 * self.bucket_elements if self.stage == 3 else 0
-
-    @cached_property
-    def resident(self) -> int:
-        return self.weights + self.masters + self.moments + self.standing_gradients + self.standing_buffers
 
 
 class Gradients:
