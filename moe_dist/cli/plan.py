@@ -18,6 +18,7 @@ from moe_dist.config.load import load
 from moe_dist.errors import EXIT_OK, UserError
 
 MOST_GPUS = 1024
+LATENCIES = {"begin_us": "begin", "inside_us": "message_inside", "across_us": "message_across", "launch_us": "launch"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-gb", type=float, metavar="X", help="memory of a GPU, in 10^9 bytes")
     parser.add_argument("--inside-gbps", type=float, metavar="X", help="Gbit/s a GPU sends inside a node")
     parser.add_argument("--across-gbps", type=float, metavar="X", help="Gbit/s a GPU sends to other nodes")
+    parser.add_argument("--memory-tbps", type=float, metavar="X", help="10^12 bytes/s that a GPU reads from its memory")
+    parser.add_argument("--begin-us", type=float, metavar="X", help="microseconds in which an exchange begins (8.4)")
+    parser.add_argument("--inside-us", type=float, metavar="X", help="microseconds a partner in the node (3.4)")
+    parser.add_argument("--across-us", type=float, metavar="X", help="microseconds a partner on other nodes (14)")
+    parser.add_argument("--launch-us", type=float, metavar="X", help="microseconds of the host a kernel (6)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,10 +70,13 @@ def _cluster(args: argparse.Namespace, config, gpus: int):
     from moe_dist.planner.hardware import Cluster, gpu_named
 
     gpu = gpu_named(args.gpu)
-    for name in ("tflops", "memory_gb", "inside_gbps", "across_gbps", "achieved", "moved", "usable"):
+    figures = ("tflops", "memory_gb", "memory_tbps", "inside_gbps", "across_gbps", "achieved", "moved", "usable")
+    for name in (*figures, *LATENCIES):
         value = getattr(args, name)
         shown = f"--{name.replace('_', '-')}"
-        if value is not None and not value > 0:
+        if value is not None and name in LATENCIES and not value >= 0:
+            raise UserError(f"{shown} {value}: has to be at least 0")
+        if value is not None and name not in LATENCIES and not value > 0:
             raise UserError(f"{shown} {value}: has to be above 0")
         if name in ("achieved", "moved", "usable") and value is not None and value > 1:
             raise UserError(f"{shown} {value}: is a part of the whole, at most 1")
@@ -79,8 +88,11 @@ def _cluster(args: argparse.Namespace, config, gpus: int):
         gpu = replace(gpu, inside=args.inside_gbps / 8 * 1e9)
     if args.across_gbps is not None:
         gpu = replace(gpu, across=args.across_gbps / 8 * 1e9)
+    if args.memory_tbps is not None:
+        gpu = replace(gpu, memory_rate=args.memory_tbps * 1e12)
     node_size = args.node_size or config.parallel.node_size or 8
     if node_size < 1:
         raise UserError(f"--node-size {node_size}: has to be at least 1")
     given = {name: getattr(args, name) for name in ("achieved", "moved", "usable") if getattr(args, name) is not None}
+    given |= {field: getattr(args, name) / 1e6 for name, field in LATENCIES.items() if getattr(args, name) is not None}
     return Cluster(gpu, gpus, node_size, **given)

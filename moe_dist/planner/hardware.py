@@ -53,6 +53,12 @@ class Cluster:
     achieved: part of the peak that matrix products reach. usable: part of the memory that tensors may take; the rest is
     the context of CUDA, communicators and what an allocator cannot use. moved: part of a link's rate that collectives
     reach.
+
+    Seconds: an exchange takes `begin`, and one after the other for each partner `message_inside` or `message_across`.
+    These are what NCCL itself reckons with to choose among its algorithms (src/graph/tuning.cc, version 2.2x: ring,
+    protocol Simple; baseLat 8.4, hwLat 3.4 over NVLink and 14.0 over a network, in microseconds). launch: what the host
+    needs for one kernel. Eager PyTorch spends 5 to 10 microseconds on an operator with its gradient's book-keeping; it
+    is hidden as long as the kernels take longer, see `speed`.
     """
 
     gpu: Gpu
@@ -61,6 +67,10 @@ class Cluster:
     achieved: float = 0.45
     moved: float = 0.75
     usable: float = 0.9
+    begin: float = 8.4e-6
+    message_inside: float = 3.4e-6
+    message_across: float = 14e-6
+    launch: float = 6e-6
 
     @property
     def room(self) -> int:
@@ -70,6 +80,13 @@ class Cluster:
         """Bytes/s a GPU sends within a group of `ranks`, of which consecutive ones are `stride` ranks apart."""
         link = self.gpu.inside if ranks * stride <= self.node_size else self.gpu.across
         return link * self.moved
+
+    def latency(self, ranks: int, stride: int = 1) -> float:
+        """Seconds of an exchange of nothing within such a group: a message to each of the other ranks, or a ring."""
+        if ranks == 1:
+            return 0.0
+        nodes = min(ranks, -(-ranks * stride // self.node_size))
+        return self.begin + (ranks - nodes) * self.message_inside + (nodes - 1) * self.message_across
 
 
 def gpu_named(name: str) -> Gpu:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from functools import cache
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,14 +17,14 @@ class LiveBytes(TorchDispatchMode):
 
     now: bytes alive. peak: the most there were, since `restart`. What a kernel allocates and frees inside of itself is
     no tensor and is not seen. Storages that were there before count after `adopt`. flops: floating-point operations of
-    the matrix products, by torch's own formulas.
+    the matrix products, by torch's own formulas. kernels: operators that were called and are no views.
     """
 
     def __init__(self, device: str):
         super().__init__()
         self.device = device
         self.now = self.peak = 0
-        self.flops = 0
+        self.flops = self.kernels = 0
         self._sizes: dict[int, int] = {}  # id of a storage that lives -> its bytes
 
     def adopt(self, tensors) -> None:
@@ -37,6 +38,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        self.kernels += not _is_view(func)
         count = flop_registry.get(func.overloadpacket)
         if count is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=result)
@@ -59,3 +61,9 @@ class LiveBytes(TorchDispatchMode):
 
     def _gone(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
+
+
+@cache
+def _is_view(func: torch._ops.OpOverload) -> bool:
+    aliases = [one.alias_info for one in func._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)

@@ -34,6 +34,9 @@ def _assumptions(study: Study, cluster: Cluster, sequences: int) -> str:
             f"         {cluster.room / GIB:.1f} GiB of {gpu.memory / GIB:.1f} for tensors ({cluster.usable:.0%}); "
             f"experts used alike; nothing overlaps; attention {study.attention}"
             + (", with masks of packed documents" if study.packed else ""),
+            f"         an exchange begins in {cluster.begin * 1e6:g} us, and takes {cluster.message_inside * 1e6:g} us "
+            f"a partner inside a node, {cluster.message_across * 1e6:g} us across; the host needs "
+            f"{cluster.launch * 1e6:g} us a kernel; weights are read at {gpu.memory_rate / 1e12:g} TB/s",
             f"step     {sequences} sequences of {length} = {sequences * length:,} tokens",
         ]
     )
@@ -83,7 +86,8 @@ def _ranking(ranking: Ranking, cluster: Cluster, study: Study, sequences: int) -
     return "\n".join(lines)
 
 
-HEADER = ("pipeline", "data", "sequence", "tensor", "expert", "ZeRO", "recompute", "memory", "sent", "step", "tokens/s")
+SIZES = ("pipeline", "data", "sequence", "tensor", "expert", "ZeRO", "rows")  # rows: of a micro-batch
+HEADER = (*SIZES, "recompute", "memory", "sent", "step", "tokens/s")
 
 
 def table(found: Iterable[Found], study: Study) -> list[str]:
@@ -97,7 +101,7 @@ def cells(found: Found, study: Study) -> tuple[str, ...]:
     layout = found.layout
     sizes = (layout.pipeline, layout.data, layout.sequence, layout.tensor, layout.expert, layout.zero_stage)
     return (
-        *map(str, sizes),
+        *map(str, (*sizes, layout.micro_batch)),
         "yes" if layout.recompute else "no",
         gib(found.memory.total),
         gb(found.wire.total),

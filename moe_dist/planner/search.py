@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import product
 
 from moe_dist.config.schema import RunConfig
-from moe_dist.errors import UserError
 from moe_dist.planner.hardware import Cluster
-from moe_dist.planner.speed import Speed, estimate
+from moe_dist.planner.speed import Clock, Speed
 from moe_dist.planner.study import Layout, Study
 from moe_dist.planner.timeline import Peak
 from moe_dist.planner.wire import Wire
 
 UNDIVIDED = "rows or micro-batches do not divide"
+UNSEATED = "the expert size does not divide the ranks of a stage"
+MICRO_BATCHES = (1, 2, 4, 8)  # rows at once; with more of them products gain no more, and memory is gone
 MOST_TRACED = 60  # layouts whose memory is followed to the end; what is slower than those found is not looked at
 
 
@@ -51,24 +53,25 @@ def layout_of(config: RunConfig, world: int, *, node_size: int = 8) -> Layout:
 
 
 def evaluate(study: Study, plan: Layout, cluster: Cluster) -> Found:
-    speed, wire = estimate(study, plan, cluster)
+    speed, wire = Clock(study, cluster).estimate(plan)
     return Found(plan, speed, wire, study.memory(plan))
 
 
 def rank(study: Study, cluster: Cluster, *, sequences: int, wanted: int = 10) -> Ranking:
-    """The fastest layouts of all GPUs of the cluster for steps of `sequences` rows, with the config's micro-batch."""
+    """The fastest layouts of all GPUs of the cluster for steps of `sequences` rows."""
+    clock = Clock(study, cluster)
     left_out: Counter = Counter()
     timed: list[tuple[float, Layout, Speed, Wire]] = []
     looked_at = 0
     for plan in layouts(study, cluster, sequences, left_out):
         looked_at += 1
-        refusal = _refusal(study, plan)
+        refusal = study.refusal(plan.tensor, plan.sequence, plan.pipeline)
         if refusal:
             left_out[refusal] += 1
         elif _least(study, plan) > cluster.room:
             left_out["weights, gradients and optimizer alone are more than the memory"] += 1
         else:
-            speed, wire = estimate(study, plan, cluster)
+            speed, wire = clock.estimate(plan)
             timed.append((speed.step, plan, speed, wire))
     # Of layouts that take equally long the one that shares less comes first.
     timed.sort(key=lambda one: (round(one[0], 9), one[1].zero_stage, one[1].pipeline, one[1].tensor, one[1].sequence))
@@ -87,13 +90,13 @@ def rank(study: Study, cluster: Cluster, *, sequences: int, wanted: int = 10) ->
             left_out["activations are more than the memory leaves"] += 1
         else:
             best.append(Found(plan, speed, wire, memory))
-    return Ranking(best, left_out, looked_at + left_out[UNDIVIDED])
+    return Ranking(best, left_out, looked_at + left_out[UNDIVIDED] + left_out[UNSEATED])
 
 
 def layouts(study: Study, cluster: Cluster, sequences: int, left_out: Counter) -> Iterator[Layout]:
     """All that the numbers allow. Tensor groups stay inside a node; an expert is not cut, nor is a layer."""
     world, length = cluster.gpus, study.config.data.seq_len
-    micro_batch, experts = study.config.train.micro_batch_size, max(study._moe_layers, default=0)
+    experts = max(study._moe_layers, default=0)
     for pipeline in _divisors(world):
         if pipeline > len(study.layers):
             continue
@@ -101,40 +104,32 @@ def layouts(study: Study, cluster: Cluster, sequences: int, left_out: Counter) -
         for tensor in (size for size in _divisors(stage) if size <= cluster.node_size):
             for sequence in (size for size in _divisors(stage // tensor) if size <= 2 * cluster.node_size):
                 data = stage // (tensor * sequence)
-                micro_batches, rest = divmod(sequences, data * micro_batch)
-                if length % (tensor * sequence) or rest or not micro_batches:
+                fitting = [rows for rows in MICRO_BATCHES if sequences % (data * rows) == 0]
+                if length % (tensor * sequence) or not fitting:
                     left_out[UNDIVIDED] += 1
                     continue
-                for expert in (size for size in _divisors(stage) if size <= max(experts, 1)):
-                    for recompute in (False, True):
-                        for zero_stage in (0, 1, 2, 3):
-                            yield Layout(
-                                world,
-                                pipeline,
-                                sequence,
-                                tensor,
-                                expert,
-                                zero_stage,
-                                recompute,
-                                micro_batch,
-                                micro_batches,
-                                cluster.node_size,
-                            )
-
-
-def _refusal(study: Study, plan: Layout) -> str | None:
-    """Why the model does not allow these sizes; None where it does."""
-    try:
-        study.part(plan.tensor, plan.sequence, 1)
-        study.stages(plan.pipeline)
-    except UserError as error:
-        return f"the model does not allow it: {str(error).split(';')[0]}"
-    return None
+                for expert in (size for size in _divisors(world) if size <= max(experts, 1)):
+                    if stage % expert:
+                        left_out[UNSEATED] += 1
+                        continue
+                    for micro_batch, recompute, zero_stage in product(fitting, (False, True), (0, 1, 2, 3)):
+                        yield Layout(
+                            world,
+                            pipeline,
+                            sequence,
+                            tensor,
+                            expert,
+                            zero_stage,
+                            recompute,
+                            micro_batch,
+                            sequences // (data * micro_batch),
+                            cluster.node_size,
+                        )
 
 
 def _least(study: Study, plan: Layout) -> int:
     """What stays from step to step on the stage that has most of it, and a gradient of everything where it is whole."""
-    return max(_resident(study, replace(plan, recompute=False), stage) for stage in range(plan.pipeline))
+    return max(_resident(study, plan, stage) for stage in study.unlike_stages(plan.pipeline))
 
 
 def _resident(study: Study, plan: Layout, stage: int) -> int:

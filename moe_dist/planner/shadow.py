@@ -47,7 +47,7 @@ class Rows:
 
 
 def shadow_experts(layer: MoEExperts, rows: Rows, note: Note):
-    """A forward in the place of `layer.forward`. `note` is told the "flops" of the experts' products."""
+    """A forward in the place of `layer.forward`. `note` is told the "expert flops" of their products."""
 
     def forward(hidden_TH, ids_TK, weights_TK):
         dtype = hidden_TH.dtype if layer.frozen is None else layer.frozen.down_proj.dtype
@@ -64,7 +64,7 @@ class _Mixture(torch.autograd.Function):
     def forward(ctx, x_TH, probs_TK, ids_TK, layer, rows, note, *tensors):
         needed = _needed((x_TH.requires_grad, probs_TK.requires_grad, False, False, *ctx.needs_input_grad[6:]))
         into, out_of = (2 * layer.spec.hidden * width for width in (layer.spec.inner, layer.spec.width))
-        note("flops", rows.computed * (into + out_of))
+        note("expert flops", rows.computed * (into + out_of))
         dtype, hidden, legs = tensors[1].dtype, x_TH.shape[1], rows.legs
         plan = _plan(x_TH, ids_TK, rows)
         ways = []
@@ -109,7 +109,7 @@ class _Mixture(torch.autograd.Function):
         for span_rows, (trains, backward) in zip(rows.spans, ctx.needed, strict=True):
             into, out_of = ctx.products
             each = (into + out_of) * trains + out_of * backward + into * (needs_x + (backward and layer.recompute))
-            ctx.note("flops", span_rows * each)
+            ctx.note("expert flops", span_rows * each)
         ways, dy_MH = [], dy_TH
         for leg in legs:
             sent_NH, dy_MH = _new(dy_TH, leg.sent, hidden, dtype), _new(dy_TH, leg.arrived, hidden, dtype)
@@ -178,20 +178,23 @@ class _Paper:
 @contextlib.contextmanager
 def paper_groups(model: nn.Module, grid: Grid, note: Note) -> Iterator[None]:
     """Let a model that the tensor and the sequence axis have cut run without groups: nothing travels, and `note` is
-    told what would, by the name of the axis and the bytes that this rank would send to others."""
+    told what would, by the name of the axis: the bytes that this rank would send to others, and the exchanges."""
 
     def exchange(rows_SN, send, receive, group, *, what):
         note("sequence", rows_SN[1:].nbytes)
+        note("sequence exchanges", 1)
         return torch.empty_like(rows_SN)
 
     def gathered(x, size, group):
         note("tensor", (size - 1) * x.nbytes)
+        note("tensor exchanges", 1)
         *outer, tokens, hidden = x.shape
         parts = x.new_empty(size, *x.shape)
         return parts.movedim(0, tensor_axis.TOKENS - 1).reshape(*outer, size * tokens, hidden)
 
     def summed(x, size, group):
         note("tensor", x.nbytes // size * (size - 1))
+        note("tensor exchanges", 1)
         *outer, tokens, hidden = x.shape
         slices = x.reshape(*outer, size, tokens // size, hidden).movedim(tensor_axis.TOKENS - 1, 0).contiguous()
         parts = torch.empty_like(slices)
@@ -262,6 +265,7 @@ class Loss(torch.autograd.Function):
     def forward(ctx, logits_NV, parts, note):
         count = len(logits_NV)
         note("tensor", (parts - 1) * 2 * count * torch.float32.itemsize)
+        note("tensor exchanges", int(parts > 1))
         ctx.save_for_backward(logits_NV, logits_NV.new_empty(count, dtype=torch.float32))
         _loss_block(logits_NV)
         return logits_NV.new_empty((), dtype=torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
@@ -124,6 +125,16 @@ class Study:
         if recompute:
             enable_recompute(model)
         return model.train()
+
+    @cache  # noqa: B019
+    def refusal(self, tensor: int, sequence: int, pipeline: int) -> str | None:
+        """Why the model does not allow these sizes; None where it does."""
+        try:
+            self.part(tensor, sequence, 1)
+            self.stages(pipeline)
+        except UserError as error:
+            return f"the model does not allow it: {str(error).split(';')[0]}"
+        return None
 
     @cached_property
     def _reduced(self) -> nn.Module:
@@ -256,20 +267,68 @@ class Study:
 
     def work(self, plan: Layout, stage: int) -> int:
         """Floating-point operations of a micro-batch on a rank of that stage, forward, backward and recomputation."""
-        return self._sum(plan, stage, "flops")
+        return plan.micro_batch * (self.counted(plan, stage)["flops"] + self.counted(plan, stage)["expert flops"])
 
-    def _sum(self, plan: Layout, stage: int, what: str) -> int:
-        return self._sums(plan.tensor, plan.sequence, plan.micro_batch, plan.recompute, plan.pipeline, stage)[what]
+    def counted(self, plan: Layout, stage: int) -> Counter:
+        """The trace's totals over that stage, of a micro-batch of one row: operations and bytes grow with its rows,
+        kernels and exchanges do not."""
+        return self._counted(plan.tensor, plan.sequence, plan.recompute, plan.pipeline, stage)
 
     @cache  # noqa: B019
-    def _sums(
-        self, tensor: int, sequence: int, micro_batch: int, recompute: bool, pipeline: int, stage: int
-    ) -> Counter:
+    def _counted(self, tensor: int, sequence: int, recompute: bool, pipeline: int, stage: int) -> Counter:
+        found: Counter = Counter()
+        for name, times in self.parts(pipeline, stage).items():
+            for what, size in self.row(tensor, sequence, recompute)[name].items():
+                found[what] += times * size
+        return found
+
+    def row(self, tensor: int, sequence: int, recompute: bool) -> Mapping[str | int, Mapping[str, int]]:
+        """The trace's totals, part by part, of a micro-batch of one row."""
         # What does not travel to experts is the same whatever ranks they are on: the trace of one is taken.
-        trace = self.trace(tensor, sequence, 1, micro_batch, recompute, 1).totals
+        return self.trace(tensor, sequence, 1, 1, recompute, 1).totals
+
+    @cache  # noqa: B019
+    def parts(self, pipeline: int, stage: int) -> Counter:
+        """The parts of a stage, by their names in a trace, and how many there are of each."""
         names: list = [self.kind_of[index] for index in self.stages(pipeline)[stage]]
         names += ["embedding"] * (stage == 0) + ["head", "loss"] * (stage == pipeline - 1)
-        return sum((Counter(trace[name]) for name in names), Counter())
+        return Counter(names)
+
+    @cache  # noqa: B019
+    def unlike_stages(self, pipeline: int) -> list[int]:
+        """One stage of each kind: those between the ends that have layers of the same kinds are alike."""
+        kinds = {}
+        for stage in range(pipeline):
+            kinds.setdefault((frozenset(self.parts(pipeline, stage).items()), 0 < stage < pipeline - 1), stage)
+        return list(kinds.values())
+
+    @cache  # noqa: B019
+    def read(self, tensor: int, sequence: int, expert: int, recompute: bool, name: str | int) -> tuple[int, int]:
+        """Bytes of weights that the products of a part read in a micro-batch: of experts, of all others.
+
+        A weight is read by the forward, by the gradient of what came in, and its own gradient, as large, is written;
+        a recomputation reads it once more. The embedding is looked up, and is in no product.
+        """
+        element = 2 if self.bf16 else 4
+        sizes = {True: 0, False: 0}
+        weights = () if name == "embedding" else self._inventory(tensor, sequence, expert).get(name, ())
+        for weight in weights:
+            passes = 2 + weight.trained + (recompute and name != "head")
+            sizes[weight.family == "expert"] += passes * element * weight.elements
+        return sizes[True], sizes[False]
+
+    def hops(self, plan: Layout) -> list[tuple[int, int]]:
+        """(ranks, ranks between neighbours) of each group that a token crosses on its way to its experts."""
+        if plan.expert == 1 or not any(self._moe_layers):
+            return []
+        node = self._nodes(plan.grid)
+        if self.dispatcher(plan.grid) == "node":
+            return [(plan.expert // node, node), (node, 1)]
+        return [(plan.expert, 1)]
+
+    def experts_in(self, plan: Layout, stage: int) -> int:
+        """How many layers of that stage have experts."""
+        return sum(self._moe_layers[index] > 0 for index in self.stages(plan.pipeline)[stage])
 
     def wire(self, plan: Layout, stage: int) -> Wire:
         """What a rank of that stage sends in a step."""
@@ -289,8 +348,8 @@ class Study:
         return Wire(
             experts_inside=inside,
             experts_across=across,
-            tensor=times * self._sum(plan, stage, "tensor"),
-            sequence=times * self._sum(plan, stage, "sequence"),
+            tensor=times * plan.micro_batch * self.counted(plan, stage)["tensor"],
+            sequence=times * plan.micro_batch * self.counted(plan, stage)["sequence"],
             pipeline=times * neighbours * hidden,
             data=data,
         )

@@ -54,8 +54,9 @@ class Trace:
     """Segments by name: embedding, before (what comes between it and the layers), head (from the last layer to the
     logits), loss, and the decoder layers that were followed, by index; of each, forward and backward.
 
-    totals: by the same names, of both together: "flops", and the bytes that this rank sends over the axes "tensor" and
-    "sequence".
+    totals: by the same names, of both together: "flops", but those of the "expert flops"; "kernels" that the host
+    starts; the bytes that this rank sends over the axes "tensor" and "sequence", and in how many exchanges ("tensor
+    exchanges", "sequence exchanges").
     """
 
     forward: dict[str | int, Segment]
@@ -137,7 +138,8 @@ class _Recorder:
         self.stretches.append(Stretch(self.live.peak - self.start, self.live.now - self.start))
         self.segments[way][name] = tuple(self.stretches)
         self.note("flops", self.live.flops)
-        self.live.flops = 0
+        self.note("kernels", self.live.kernels)
+        self.live.flops = self.live.kernels = 0
         known = self.totals.setdefault(name, {})
         for what, size in self.noted.items():
             known[what] = known.get(what, 0) + size

@@ -34,12 +34,15 @@ def test_the_plan_of_a_config_names_every_part(capsys):
 def test_every_assumption_can_be_set(capsys):
     options = ["--gpu", "b200", "--node-size", "4", "--achieved", "0.3", "--moved", "0.5", "--usable", "0.8"]
     figures = ["--tflops", "100", "--memory-gb", "10", "--inside-gbps", "80", "--across-gbps", "8"]
+    figures += ["--memory-tbps", "2", "--begin-us", "7", "--inside-us", "3", "--across-us", "11", "--launch-us", "0"]
     assert main(["plan", TINY, "--gpus", "8", "--no-rank", *options, *figures, "train.global_batch_size=16"]) == EXIT_OK
     text = capsys.readouterr().out
     assert "8 x b200, 4 a node" in text
     assert "100 TFLOP/s in fp32, of which products reach 30%" in text
     assert "of 10 GB/s inside a node, 1 GB/s a GPU across, of which exchanges reach 50%" in text
     assert "7.5 GiB of 9.3 for tensors (80%)" in text
+    assert "begins in 7 us, and takes 3 us a partner inside a node, 11 us across; the host needs 0 us" in text
+    assert "weights are read at 2 TB/s" in text
     assert "best" not in text
 
 
@@ -51,6 +54,7 @@ def test_every_assumption_can_be_set(capsys):
         (["--gpu", "v100"], "known are a100, h100, h200, b200"),
         (["--achieved", "1.5"], "at most 1"),
         (["--moved", "0"], "above 0"),
+        (["--launch-us", "-1"], "--launch-us -1.0: has to be at least 0"),
         (["--gpus", "6", "parallel.expert=4", "--no-rank"], "parallel.expert=4"),
         (["model.path=owner/name", "model.config=null"], "config.json"),
     ],
