@@ -16,18 +16,22 @@ from moe_dist.planner.live import LiveBytes
 from moe_dist.train.build import plan_model
 from moe_dist.train.dry_run import memory_parts
 
-CHEAP = [name for name, (world, _) in CASES.items() if world == 2 and name != "2 ranks, expert 2, ZeRO 1, bf16"]
+CHEAP = {
+    name: (world, {**changes, "layers": 2})
+    for name, (world, changes) in CASES.items()
+    if world == 2 and name != "2 ranks, expert 2, ZeRO 1, bf16"
+}
 
 
 def measured(name: str) -> int:
-    world, changes = CASES[name]
+    world, changes = CHEAP[name]
     # With the optimizer's state there after the first step the second is as all others, but at ZeRO 3.
     return most(changes, world, steps=STEPS if changes.get("zero_stage") == 3 else 2)
 
 
 @pytest.mark.parametrize("name", CHEAP)
 def test_the_planned_peak_is_within_five_percent_of_the_measured_one(ranks, name):
-    world, changes = CASES[name]
+    world, changes = CHEAP[name]
     peak = ranks(world, measured, name, timeout=90)[0]
     assert planned(changes, world) == pytest.approx(peak, rel=GOAL)
     # What the dry run and the preflight say before activations is a part of it.
