@@ -128,18 +128,9 @@ def layouts(study: Study, cluster: Cluster, sequences: int, left_out: Counter) -
 
 
 def _least(study: Study, plan: Layout) -> int:
-    """What stays from step to step on the stage that has most of it, and a gradient of everything where it is whole."""
-    return max(_resident(study, plan, stage) for stage in study.unlike_stages(plan.pipeline))
-
-
-def _resident(study: Study, plan: Layout, stage: int) -> int:
-    settings = study.settings(plan, stage)
-    gradients = 0
-    if plan.zero_stage == 0 or (plan.zero_stage == 1 and not study.bf16):
-        gradients = 4 * settings.trained
-    elif plan.zero_stage == 2:
-        gradients = 4 * settings.owned
-    return settings.resident + gradients
+    """What a step takes before activations on the stage that needs most."""
+    stages = study.unlike_stages(plan.pipeline)
+    return max(study.settings(plan, stage).before_activations_total for stage in stages)
 
 
 def _kept_at_least(study: Study, plan: Layout) -> int:
@@ -149,7 +140,10 @@ def _kept_at_least(study: Study, plan: Layout) -> int:
     for stage, layers in enumerate(study.stages(plan.pipeline)):
         kept = sum(trace.forward[study.kind_of[index]][-1].end for index in layers)
         flight = min(plan.pipeline - stage, plan.micro_batches)
-        most = max(most, _resident(study, plan, stage) + flight * kept)
+        settings = study.settings(plan, stage)
+        # Where all forwards come before the first backward, gradients come as activations go.
+        beside = settings.before_activations_total if plan.micro_batches > flight else settings.resident
+        most = max(most, beside + flight * kept)
     return most
 
 

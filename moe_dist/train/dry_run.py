@@ -8,7 +8,7 @@ from moe_dist.models.stages import stage_layers
 from moe_dist.parallel.grid import Grid, layout
 from moe_dist.train.backends import check_backend
 from moe_dist.train.build import ModelPlan, plan_model
-from moe_dist.train.memory import Inventory, inventory, is_tied, of_stage, settings_of, totals
+from moe_dist.train.memory import Inventory, Settings, inventory, is_tied, of_stage, settings_of, totals
 from moe_dist.train.routing import check_routing
 from moe_dist.train.table import human_bytes, render
 
@@ -64,9 +64,8 @@ def _ranks(grid: Grid) -> str:
     return f"{grid.world} = {axes}; each stage's {grid.stage_size} folded as {folded}"
 
 
-def memory_parts(config: RunConfig, plan: ModelPlan, grid: Grid) -> tuple[dict[str, int], int]:
-    """Bytes, by what they are for, that do not depend on the data, of a rank of the pipeline stage that needs most of
-    them, and which stage that is."""
+def memory_of(config: RunConfig, plan: ModelPlan, grid: Grid) -> tuple[Settings, int]:
+    """What a rank keeps of the pipeline stage that needs most before activations, and which stage that is."""
     settings = {
         "zero_stage": config.parallel.zero_stage,
         "precision": config.train.precision,
@@ -75,8 +74,8 @@ def memory_parts(config: RunConfig, plan: ModelPlan, grid: Grid) -> tuple[dict[s
     found = []
     for stage, held in enumerate(_stages(plan, grid)):
         weights = totals(weight for part in held.values() for weight in part)
-        found.append((settings_of(weights, grid, **settings).before_activations, stage))
-    return max(found, key=lambda one: sum(one[0].values()))
+        found.append((settings_of(weights, grid, **settings), stage))
+    return max(found, key=lambda one: one[0].before_activations_total)
 
 
 def _stages(plan: ModelPlan, grid: Grid) -> list[Inventory]:
@@ -90,10 +89,10 @@ def _stages(plan: ModelPlan, grid: Grid) -> list[Inventory]:
 
 
 def _memory(config: RunConfig, plan: ModelPlan, grid: Grid) -> str:
-    parts, stage = memory_parts(config, plan, grid)
-    listed = ", ".join(f"{name} {human_bytes(value)}" for name, value in parts.items() if value)
+    kept, stage = memory_of(config, plan, grid)
+    listed = ", ".join(f"{name} {human_bytes(value)}" for name, value in kept.before_activations.items() if value)
     whose = f"a rank of stage {stage}" if grid.pipeline > 1 else "a rank"
     return (
-        f"memory   {human_bytes(sum(parts.values()))} {whose} before activations: {listed}\n"
+        f"memory   {human_bytes(kept.before_activations_total)} {whose} before activations: {listed}\n"
         "         with activations: moe-dist plan CONFIG"
     )

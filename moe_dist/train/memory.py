@@ -198,6 +198,10 @@ class Settings:
         names = "weights", "masters", "moments", "gradients", "buffers"
         return {name: getattr(self, name) for name in names}
 
+    @cached_property
+    def before_activations_total(self) -> int:
+        return sum(self.before_activations.values())
+
 
 def settings_of(held: Totals, grid: Grid, *, zero_stage: int, precision: str, bucket: int) -> Settings:
     """Of a rank of that layout. precision: "bf16" or "fp32"."""

@@ -29,7 +29,7 @@ from moe_dist.launch.preflight import (
 from moe_dist.parallel.grid import Grid, build_grid
 from moe_dist.train import run_folder, state
 from moe_dist.train.build import ModelPlan, plan_model
-from moe_dist.train.dry_run import memory_parts
+from moe_dist.train.dry_run import memory_of
 from moe_dist.train.start import choose_device, form_group, meet, world_size
 from moe_dist.train.stop import StopFlag
 
@@ -57,8 +57,8 @@ class Together:
         """
         trained = state.catalogue(plan).values()
         stored = sum(4 * info.numel * len(info.expert_ids) * len(info.kinds) for info in trained)
-        parts, _ = memory_parts(config, plan, self.grid)
-        needs = Needs(sum(parts.values()), stored)
+        kept, _ = memory_of(config, plan, self.grid)
+        needs = Needs(kept.before_activations_total, stored)
 
         def judge(said: list[dict]) -> list:
             return judge_room(self.facts, needs, speed=self.speed, environ=os.environ)

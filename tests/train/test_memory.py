@@ -6,7 +6,7 @@ import pytest
 
 from moe_dist.parallel.grid import layout
 from moe_dist.train.build import plan_model
-from moe_dist.train.dry_run import describe, memory_parts
+from moe_dist.train.dry_run import describe, memory_of
 from moe_dist.train.memory import Settings, Weight, inventory, settings_of, totals
 from tests.train.test_trainable import ARCHITECTURE, config
 
@@ -50,7 +50,7 @@ def test_of_a_pipeline_the_stage_that_needs_most_is_shown(tied, tensor):
         held = totals(weight for part in inventory(plan_model(made, grid).local).values() for weight in part)
         bucket = made.parallel.reduce_bucket_size
         found.append(settings_of(held, grid, zero_stage=1, precision="bf16", bucket=bucket))
-        parts, stage = memory_parts(made, plan_model(made, grid), grid)
-    assert parts == max((one.before_activations for one in found), key=lambda one: sum(one.values()))
-    assert parts == found[stage].before_activations
+        kept, stage = memory_of(made, plan_model(made, grid), grid)
+    assert kept.before_activations == found[stage].before_activations
+    assert kept.before_activations_total == max(one.before_activations_total for one in found)
     assert f"a rank of stage {stage} before activations: weights" in describe(made, 4 * tensor)
