@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from moe_dist.planner.anatomy import Layout
 from moe_dist.planner.hardware import GIB, Cluster
 from moe_dist.planner.search import Found, Ranking
-from moe_dist.planner.study import Layout, Study
+from moe_dist.planner.study import Study
 from moe_dist.planner.timeline import Peak
 from moe_dist.planner.wire import Wire
 

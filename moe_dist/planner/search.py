@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from itertools import product
 
 from moe_dist.config.schema import RunConfig
+from moe_dist.planner.anatomy import Layout
 from moe_dist.planner.hardware import Cluster
 from moe_dist.planner.speed import Clock, Speed
-from moe_dist.planner.study import Layout, Study
+from moe_dist.planner.study import Study
 from moe_dist.planner.timeline import Peak
 from moe_dist.planner.wire import Wire
 
@@ -96,7 +97,7 @@ def rank(study: Study, cluster: Cluster, *, sequences: int, wanted: int = 10) ->
 def layouts(study: Study, cluster: Cluster, sequences: int, left_out: Counter) -> Iterator[Layout]:
     """All that the numbers allow. Tensor groups stay inside a node; an expert is not cut, nor is a layer."""
     world, length = cluster.gpus, study.config.data.seq_len
-    experts = max(study._moe_layers, default=0)
+    experts = max(study.experts_of_layers, default=0)
     for pipeline in _divisors(world):
         if pipeline > len(study.layers):
             continue

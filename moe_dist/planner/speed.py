@@ -18,8 +18,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+from moe_dist.planner.anatomy import Layout
 from moe_dist.planner.hardware import Cluster
-from moe_dist.planner.study import Layout, Study
+from moe_dist.planner.study import Study
 from moe_dist.planner.wire import Wire
 
 # Of a hop in a forward and its backward (moe/hop.py): counts, slots, rows, rows back; rows, rows back, scalars back.

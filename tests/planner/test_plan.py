@@ -10,9 +10,10 @@ import pytest
 from moe_dist.cli.main import main
 from moe_dist.config.load import load
 from moe_dist.errors import EXIT_OK, EXIT_USER
+from moe_dist.planner.anatomy import Layout
 from moe_dist.planner.hardware import GPUS, Cluster
 from moe_dist.planner.search import evaluate, layout_of, rank
-from moe_dist.planner.study import Layout, Study
+from moe_dist.planner.study import Study
 from moe_dist.train.dry_run import describe
 
 CONFIGS = Path(__file__).parents[2] / "configs"

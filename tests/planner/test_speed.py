@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from moe_dist.config.load import load
+from moe_dist.planner.anatomy import Layout
 from moe_dist.planner.hardware import GPUS, Cluster
 from moe_dist.planner.search import MICRO_BATCHES, UNSEATED, layouts
 from moe_dist.planner.speed import HOP_EXCHANGES, Clock, Part, part_seconds
-from moe_dist.planner.study import Layout, Study
+from moe_dist.planner.study import Study
 
 TINY = Path(__file__).parents[2] / "configs" / "debug" / "tiny.yaml"
 FREE = {"begin": 0.0, "message_inside": 0.0, "message_across": 0.0, "launch": 0.0}
