@@ -1,6 +1,6 @@
 """Plans for published configurations: our layouts beside those that were published for the same clusters.
 
-    python -m benchmarks.plan_scale > benchmarks/results/plan.md
+    python -m benchmarks.plan_scale [--json FILE] > benchmarks/results/plan.md
 
 Of each configuration in configs/scale the text of `moe-dist plan`, whose first part is the published layout as the
 config has it, and a table that puts the published speed beside the estimates. Nothing here was measured by us: the
@@ -11,9 +11,12 @@ how far the two are apart.
 
 from __future__ import annotations
 
+import argparse
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks._harness import row
 from moe_dist.config.load import load
 from moe_dist.planner.hardware import GPUS, Cluster
 from moe_dist.planner.render import describe, render
@@ -77,6 +80,10 @@ to be the reasons, none of which we could measure:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_scale", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write time a token beside the published one there")
+    parser.add_argument("--full", action="store_true", help="there is no more than this")
+    file, rows = parser.parse_args().json, []
     print("`python -m benchmarks.plan_scale`: estimates, nothing was run on a GPU\n")
     header = ("model", "published layout", "published", "our estimate of it", "ours / published", "our best")
     header += ("its estimate", "source")
@@ -106,9 +113,14 @@ def main() -> None:
             published.source,
         )
         print(f"| {' | '.join(cells)} |", flush=True)
+        if here:
+            times = 1e6 * own.speed.step / tokens, 1e6 / published.rate
+            rows.append(row(f"{published.config}, estimated", *times, "published", unit="us a token and GPU"))
     print(FRANKLY)
     for name, (text, *_) in texts.items():
         print(f"\n## {name}\n\n```\n{text}\n```")
+    if file is not None:
+        file.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":
