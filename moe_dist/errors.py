@@ -7,6 +7,7 @@ exits with `EXIT_USER`; as a library it is an ordinary `ValueError`.
 import sys
 
 EXIT_OK = 0
+EXIT_NOT_PROVED = 1
 EXIT_USER = 2
 EXIT_PREEMPTED = 85
 EXIT_TRANSIENT = 86

@@ -63,7 +63,8 @@ examples:
   moe-dist run configs/quickstart.yaml                   train, resume, evaluate, export, sample
 
 The same command again resumes. `moe-dist VERB --help` says more; `moe-dist train --help-keys` lists every key.
-Exit codes: 0 done, 2 wrong input, 85 stopped with a checkpoint saved, 86 transient failure, 87 stopped by policy."""
+Exit codes: 0 done, 1 not proved, 2 wrong input, 85 stopped with a checkpoint saved,
+86 transient failure, 87 stopped by policy."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

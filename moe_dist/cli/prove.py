@@ -30,10 +30,8 @@ from pathlib import Path
 
 from moe_dist.config.checks import check_layout, check_world, smallest_world
 from moe_dist.config.load import load
-from moe_dist.errors import EXIT_OK, UserError
+from moe_dist.errors import EXIT_NOT_PROVED, EXIT_OK, UserError
 from moe_dist.launch import environment
-
-EXIT_OFF = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     if ranks.rank == 0:
         print(certificate.text(), flush=True)
         print(f"written to {out / 'certificate.json'}", flush=True)
-    return EXIT_OK if certificate.holds else EXIT_OFF
+    return EXIT_OK if certificate.holds else EXIT_NOT_PROVED
 
 
 def _words(args: argparse.Namespace) -> list[str]:

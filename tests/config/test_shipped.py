@@ -164,7 +164,7 @@ def test_the_shipped_evaluation_of_self_moe_needs_only_its_files(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "base").mkdir(parents=True)
     (tmp_path / "held-out").mkdir()
-    item = {"instruction": "What is 3 + 4?", "output": "7", "test": "assert True"}
+    item = {"instruction": "What is 3 + 4?", "output": "7", "test": "assert add(3, 4) == 7"}
     for name in ("math", "knowledge", "coding"):
         (tmp_path / "held-out" / f"{name}.jsonl").write_text(json.dumps(item) + "\n")
     assert (

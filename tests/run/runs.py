@@ -9,9 +9,14 @@ from pathlib import Path
 import torch
 
 from moe_dist import checkpoint
+from moe_dist.config.checks import axes_of
 from moe_dist.config.load import build
 from moe_dist.data.corpora import train_tokenizer
-from moe_dist.train import loop
+from moe_dist.parallel.grid import build_grid
+from moe_dist.train import loop, state
+from moe_dist.train.build import build_model, plan_model
+from moe_dist.train.engine import build_engine
+from moe_dist.train.replicas import check_replicas
 from tests.models.tiny import make_folder
 
 VOCAB = 300
@@ -101,3 +106,25 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 def sha256(tensor: torch.Tensor) -> str:
     """Of the tensor's bytes."""
     return hashlib.sha256(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+
+
+def carry_over(tree: dict, source: Path, root: Path) -> None:
+    """On each rank: load the checkpoint into an engine of this layout, look whether replicas are alike, and save it
+    again, without a step."""
+    config = build(tree)
+    grid = build_grid(**axes_of(config))
+    plan = plan_model(config, grid)
+    model = build_model(config, plan, grid)
+    engine = build_engine(
+        model,
+        grid,
+        zero_stage=config.parallel.zero_stage,
+        precision=config.train.precision,
+        reduce_bucket_size=config.parallel.reduce_bucket_size,
+    )
+    with checkpoint.open_checkpoint(source) as opened:
+        state.restore(opened, engine, plan)
+        check_replicas(model, config, grid, step=opened.step)
+        kept = opened.trainer_state
+        state.save(root, opened.step, config, engine, plan, grid, sampler=kept["sampler"], tokens=kept["tokens"])
+    engine.close()

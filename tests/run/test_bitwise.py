@@ -7,13 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist import checkpoint
-from moe_dist.config.load import build
-from moe_dist.parallel.grid import build_grid
-from moe_dist.train import state
-from moe_dist.train.build import build_model, plan_model
-from moe_dist.train.engine import build_engine
-from tests.run.runs import assert_same_bits, events, make_files, settings, stored, train, trainer_state
+from tests.run.runs import assert_same_bits, carry_over, events, make_files, settings, stored, train, trainer_state
 
 STEPS, STOP = 6, 3
 FIGURES = ("train", "eval", "skipped")
@@ -101,25 +95,6 @@ def test_the_same_run_twice(ranks, files, tmp_path, cell):
         assert set(ranks(cell.world, train, cell_settings(cell, files, folder), timeout=PATIENCE)) == {0}
     assert_same_bits(*(stored(folder, STEPS) for folder in folders))
     assert events(folders[0], *FIGURES) == events(folders[1], *FIGURES)
-
-
-def carry_over(tree: dict, source: Path, root: Path) -> None:
-    """On each rank: load the checkpoint into an engine of this topology and save it again, without a step."""
-    config = build(tree)
-    grid = build_grid(expert=config.parallel.expert)
-    plan = plan_model(config, grid)
-    engine = build_engine(
-        build_model(config, plan, grid),
-        grid,
-        zero_stage=config.parallel.zero_stage,
-        precision=config.train.precision,
-        reduce_bucket_size=config.parallel.reduce_bucket_size,
-    )
-    with checkpoint.open_checkpoint(source) as opened:
-        state.restore(opened, engine, plan)
-        kept = opened.trainer_state
-        state.save(root, opened.step, config, engine, plan, grid, sampler=kept["sampler"], tokens=kept["tokens"])
-    engine.close()
 
 
 def test_weights_and_moments_carry_over_topologies(ranks, files, tmp_path):

@@ -8,13 +8,7 @@ import pytest
 import torch
 
 from moe_dist import checkpoint
-from moe_dist.config.load import build
-from moe_dist.parallel.grid import build_grid
-from moe_dist.train import state
-from moe_dist.train.build import build_model, plan_model
-from moe_dist.train.engine import build_engine
-from moe_dist.train.replicas import check_replicas
-from tests.run.runs import assert_same_bits, make_files, settings, stored, train
+from tests.run.runs import assert_same_bits, carry_over, make_files, settings, stored, train
 
 STEPS = 2
 # (ranks, parallel): every axis is met at one and at two ranks of it, alone and with others, and every ZeRO stage.
@@ -31,30 +25,6 @@ WAY = [
 ]
 
 pytestmark = pytest.mark.timeout(900)
-
-
-def moved(tree: dict, source: Path, out: Path) -> None:
-    """On each rank: the checkpoint into an engine of this layout, and from there into a new one."""
-    config = build(tree)
-    sizes = {name: getattr(config.parallel, name) for name in ("expert", "pipeline", "sequence", "tensor")}
-    grid = build_grid(**sizes)
-    plan = plan_model(config, grid)
-    model = build_model(config, plan, grid)
-    engine = build_engine(
-        model,
-        grid,
-        zero_stage=config.parallel.zero_stage,
-        precision=config.train.precision,
-        reduce_bucket_size=config.parallel.reduce_bucket_size,
-    )
-    with checkpoint.open_checkpoint(source) as opened:
-        state.restore(opened, engine, plan)
-        check_replicas(model, config, grid, step=STEPS)
-        state.save(
-            out, STEPS, config, engine, plan, grid,
-            sampler=opened.trainer_state["sampler"], tokens=opened.trainer_state["tokens"],
-        )  # fmt: skip
-    engine.close()
 
 
 @pytest.mark.parametrize(
@@ -84,7 +54,7 @@ def test_every_layout_continues_every_other(ranks, tmp_path, family, precision, 
     here = tmp_path / "run" / "checkpoints" / f"step-{STEPS}"
     for number, (world, parallel) in enumerate(WAY):
         out = tmp_path / str(number)
-        ranks(world, moved, tree(parallel), here, out / "checkpoints", timeout=120)
+        ranks(world, carry_over, tree(parallel), here, out / "checkpoints", timeout=120)
         assert_same_bits(stored(out, STEPS), first)
         assert checkpoint.verify(out / "checkpoints" / f"step-{STEPS}").ok
         here = out / "checkpoints" / f"step-{STEPS}"

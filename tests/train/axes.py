@@ -99,17 +99,7 @@ def build(case: Case, seed: int = 0) -> Engine:
     grid = build_grid(expert=case.e, pipeline=case.p, tensor=case.t)
     experts = [MoEExperts(toy.SPEC, contiguous(toy.EXPERTS, ranks=case.e, trainable=ids), grid) for ids in case.experts]
     model = Model(experts, case.tied)
-    whole = weights(seed)
-    with torch.no_grad():
-        for index, layer in enumerate(experts):
-            for name, parameter, seat_ids in layer.expert_parameters():
-                for seat, expert in enumerate(seat_ids):
-                    if expert is not None:
-                        parameter[seat].copy_(whole[f"layers.{index}.experts.{name}"][expert])
-        for name, parameter in model.named_parameters():
-            if not hasattr(parameter, "is_expert"):
-                parameter.copy_(whole[name])
-                parameter.requires_grad_(not name.startswith(case.frozen) if case.frozen else True)
+    toy.fill(model, experts, weights(seed), trains=lambda name: not (case.frozen and name.startswith(case.frozen)))
     for layer in model.layers:
         layer.mlp.cut(grid)
     if case.p > 1:

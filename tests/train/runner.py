@@ -6,12 +6,14 @@ import gc
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 
 from moe_dist.checkpoint import Range
 from moe_dist.models.recompute import enable_recompute
 from moe_dist.parallel.grid import build_grid
 from moe_dist.train.engine import Engine, build_engine
+from tests.reference import relative_error
 from tests.train import toy
 
 EVERY = [list(range(toy.EXPERTS))] * toy.LAYERS
@@ -264,3 +266,16 @@ def partitions(case: Case) -> dict[str, tuple[int, int]]:
     }
     engine.close()
     return sizes
+
+
+def compare(results: list[dict], expected: dict) -> None:
+    """What `train` gave on all ranks against the plain process: gradients, weights and moments by tensor and expert."""
+    for kind, tolerance in (("gradients", 2e-6), ("weights", 1e-5), ("exp_avg", 5e-6), ("exp_avg_sq", 5e-6)):
+        found = assembled([result[kind] for result in results])
+        assert found.keys() == expected[kind].keys()
+        errors = {key: relative_error(found[key], expected[kind][key]) for key in found}
+        worst = max(errors, key=errors.get)
+        assert errors[worst] <= tolerance, f"{kind} of {worst}: {errors[worst]:.1e}"
+    for result in results:
+        assert result["norms"] == pytest.approx(expected["norms"], rel=1e-6)
+        assert result["adam_step"] == 3

@@ -11,7 +11,7 @@ import functools
 import pytest
 
 from tests.reference import relative_error
-from tests.train.runner import Case, assembled, train, train_plain
+from tests.train.runner import Case, assembled, compare, train, train_plain
 
 WORLD = 4
 SIZES = (1, 2, 4)
@@ -44,15 +44,7 @@ def plain(problem: str) -> dict:
 def test_training_is_that_of_one_plain_process(ranks, problem, stage, ep):
     expected = plain(problem)
     results = ranks(WORLD, train, Case(ep=ep, stage=stage, **PROBLEMS[problem]), timeout=120)
-    for kind, tolerance in (("gradients", 2e-6), ("weights", 1e-5), ("exp_avg", 5e-6), ("exp_avg_sq", 5e-6)):
-        found = assembled([result[kind] for result in results])
-        assert found.keys() == expected[kind].keys()
-        errors = {key: relative_error(found[key], expected[kind][key]) for key in found}
-        worst = max(errors, key=errors.get)
-        assert errors[worst] <= tolerance, f"{kind} of {worst}: {errors[worst]:.1e}"
-    for result in results:
-        assert result["adam_step"] == 3
-        assert result["norms"] == pytest.approx(expected["norms"], rel=1e-6)
+    compare(results, expected)
 
 
 def test_gradients_are_clipped_in_some_problems_and_not_in_others():

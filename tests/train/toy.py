@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -88,18 +90,28 @@ def parallel_model(
     """This rank's share of the model; `trainable[l]` are the expert ids of layer l that train."""
     experts = [MoEExperts(SPEC, contiguous(EXPERTS, ranks=grid.expert, trainable=ids), grid) for ids in trainable]
     model = Toy(experts, shunned, tied)
-    dense = dict(model.named_parameters())
-    with torch.no_grad():
-        for index, layer in enumerate(experts):
-            for name, parameter, seat_ids in layer.expert_parameters():
-                for seat, expert in enumerate(seat_ids):
-                    if expert is not None:
-                        parameter[seat].copy_(weights[f"layers.{index}.experts.{name}"][expert])
-        for name, parameter in dense.items():
-            if not hasattr(parameter, "is_expert"):
-                parameter.copy_(weights[name])
-                parameter.requires_grad_(dense_trains)
+    fill(model, experts, weights, trains=lambda name: dense_trains)
     return model
+
+
+@torch.no_grad()
+def fill(
+    model: nn.Module,
+    experts: list[MoEExperts],
+    weights: dict[str, torch.Tensor],
+    *,
+    trains: Callable[[str], bool],
+) -> None:
+    """Copy whole weights into the model, of each layer's experts those seated here; say which dense ones train."""
+    for index, layer in enumerate(experts):
+        for name, parameter, seat_ids in layer.expert_parameters():
+            for seat, expert in enumerate(seat_ids):
+                if expert is not None:
+                    parameter[seat].copy_(weights[f"layers.{index}.experts.{name}"][expert])
+    for name, parameter in model.named_parameters():
+        if not hasattr(parameter, "is_expert"):
+            parameter.copy_(weights[name])
+            parameter.requires_grad_(trains(name))
 
 
 def batches(
